@@ -1,0 +1,116 @@
+"""The one door to tf_keras: its internals, and what differs between its versions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, ValuesView
+from typing import Any
+
+import tensorflow as tf
+from tf_keras import Model, Sequential, optimizers
+from tf_keras.losses import Reduction
+from tf_keras.src.engine import data_adapter
+from tf_keras.src.engine.compile_utils import LossesContainer
+from tf_keras.src.engine.functional import Functional
+from tf_keras.src.mixed_precision.loss_scale_optimizer import BaseLossScaleOptimizer
+from tf_keras.src.utils import losses_utils
+
+__all__ = [
+    "AutoTrackable",
+    "Functional",
+    "LossesContainer",
+    "Model",
+    "Sequential",
+    "activation_losses",
+    "flatten_layers",
+    "has_own_train_step",
+    "has_sum_losses",
+    "optimizers_of",
+    "shared_by_replicas",
+    "output_layers",
+    "unpack_x_y_sample_weight",
+    "weight_losses",
+]
+
+#: Tracked by checkpoints; its variables are not weights of the model that holds it.
+AutoTrackable = tf.__internal__.tracking.AutoTrackable
+
+_OPTIMIZERS = (optimizers.Optimizer, optimizers.legacy.Optimizer, BaseLossScaleOptimizer)
+
+unpack_x_y_sample_weight = data_adapter.unpack_x_y_sample_weight
+
+
+shared_by_replicas = losses_utils.scale_loss_for_distribution
+
+
+def optimizers_of(model: Any) -> list[Any]:
+    """The optimizers that a model holds, each once."""
+    found = {}
+    for value in vars(model).values():
+        items = value.values() if isinstance(value, Mapping) else value
+        for item in items if isinstance(items, (Sequence, ValuesView)) else [value]:
+            if isinstance(item, _OPTIMIZERS):
+                found[id(item)] = item
+    return list(found.values())
+
+
+def has_own_train_step(model: Any, mixin: type) -> bool:
+    """Whether the `train_step` behind the mixin is that of tf_keras itself."""
+    return super(mixin, type(model)).train_step is Model.train_step
+
+
+def has_sum_losses(model: Any) -> bool:
+    """Whether a compiled loss sums over its elements, or leaves them unreduced."""
+    losses = tf.nest.flatten(getattr(model.compiled_loss, "_losses", None))
+    return any(
+        getattr(loss, "reduction", None) in (Reduction.SUM, Reduction.NONE) for loss in losses
+    )
+
+
+def flatten_layers(model: Any) -> list[Any]:
+    """The model, its layers, and the layers inside them."""
+    return list(model._flatten_layers())
+
+
+def activation_losses(model: Any) -> list[tf.Tensor]:
+    """What `add_loss` and activity regularisers gave for the rows of the latest call."""
+    found: list[tf.Tensor] = []
+    for layer in model._flatten_layers():
+        found.extend(layer._eager_losses or layer._losses)
+    return found
+
+
+def weight_losses(model: Any) -> list[tf.Tensor]:
+    """What regularisers and callables passed to `add_loss` give: the same for all rows."""
+    losses = [
+        function() for layer in model._flatten_layers() for function in layer._callable_losses
+    ]
+    return [loss for loss in losses if loss is not None]
+
+
+def output_layers(model: Any) -> Iterator[Any]:
+    """For each output, the last layer with weights on its way, seen through wrappers.
+
+    For a subclassed model, whose order of calls is not known, its last layer with weights.
+    """
+    if isinstance(model, Functional) and getattr(model, "outputs", None):
+        for output in model.outputs:
+            layer, index = output._keras_history.layer, output._keras_history.node_index
+            while not layer.weights:
+                parents = tf.nest.flatten(layer._inbound_nodes[index].keras_inputs)
+                if not parents:
+                    break
+                layer, index = parents[0]._keras_history.layer, parents[0]._keras_history.node_index
+            yield from _innermost(layer)
+        return
+    last = next((layer for layer in reversed(model.layers) if layer.weights), None)
+    if last is not None:
+        yield from _innermost(last)
+
+
+def _innermost(layer: Any) -> Iterator[Any]:
+    if isinstance(layer, Model):
+        yield from output_layers(layer)
+    elif hasattr(layer, "layer"):  # TimeDistributed and other wrappers
+        yield from _innermost(layer.layer)
+    else:
+        yield layer

@@ -1,0 +1,303 @@
+"""Accumulate: the window of one optimizer, kept in variables between calls.
+
+A window has three kinds of step, and each touches no more memory than it must: the first
+writes its gradients, those between add theirs, and the last adds what is stored to its own
+gradient on the way to the optimizer, without storing anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Optional, Union
+
+import tensorflow as tf
+
+from ga_transform._keras import AutoTrackable
+from ga_transform.numerics import Gradient, added, as_dense, as_slices, map_values, values_of, widened
+from ga_transform.weighting import MEAN
+
+__all__ = ["Share", "Update", "Window"]
+
+#: Applies the gradients of an update; None where a variable has none.
+Update = Callable[[list[Optional[Gradient]], list[tf.Variable]], None]
+
+
+class Share(NamedTuple):
+    """What one micro-batch gives to a window, of one kind of loss."""
+
+    #: `MEAN` or `SUM`: whether the window's sum is divided by its weight.
+    kind: str
+    #: By variable reference; multiplied by `weight` already, where the kind is `MEAN`.
+    gradients: Mapping[Any, Gradient]
+    #: Shape: scalar, float64.
+    weight: tf.Tensor
+
+
+class Window(AutoTrackable):  # type: ignore[misc]
+    """The micro-batches whose gradients make one update of one optimizer.
+
+    Args:
+        steps: Micro-batches a window, or a schedule by updates.
+        keep_sparse: Whether gradients that arrive as slices are stored as slices. The number
+            of their rows varies, which XLA does not allow of a variable.
+    """
+
+    def __init__(self, steps: Union[int, Mapping[int, int]], keep_sparse: bool = True) -> None:
+        schedule = steps if isinstance(steps, Mapping) else {0: steps}
+        # Tuples, because a list or dict would be wrapped for tracking.
+        self._starts = tuple(sorted(schedule))
+        self._steps = tuple(schedule[start] for start in self._starts)
+        self._keep_sparse = keep_sparse
+        self._books = self._no_dependency({})
+        with tf.init_scope():
+            self.micro_batches = tf.Variable(0, trainable=False, dtype=tf.int64)
+            self.reference = tf.Variable(0, trainable=False, dtype=tf.float64)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether every micro-batch is a window, so that nothing need be stored."""
+        return set(self._steps) == {1}
+
+    def relative(self, weight: tf.Tensor) -> tf.Tensor:
+        """A weight in units of that of the window's first micro-batch.
+
+        So weighted gradients keep their usual size, which is all that 16 bits can hold.
+        Shape: scalar.
+        """
+        usual = tf.where(tf.equal(self.micro_batches, 0), weight, self.reference)
+        return weight / tf.where(usual > 0, usual, tf.ones_like(usual))
+
+    def add(
+        self,
+        variables: Sequence[tf.Variable],
+        shares: Sequence[Share],
+        weight: tf.Tensor,
+        iterations: Any,
+        update: Update,
+    ) -> None:
+        """Take in one micro-batch; where it is the window's last, make the update.
+
+        Args:
+            variables: What the optimizer was handed, with a gradient or without.
+            shares: What the micro-batch gives, one share for each kind of loss.
+            weight: The micro-batch's weight, of which `relative` was taken.
+            iterations: The optimizer's count of updates, for a schedule.
+            update: Makes the update, if the window weighs anything.
+        """
+        if self.is_single:
+            # Tied to the gradients: when a pipeline runs out in the middle of a call,
+            # whatever does not depend on its data has been run by then.
+            values = [values_of(g) for share in shares for g in share.gradients.values()]
+            with tf.control_dependencies(values):
+                _finish(variables, shares, update)
+            return
+        given = {share.kind: share for share in shares}
+        for share in shares:
+            self._open(share)
+
+        def store() -> tf.Tensor:
+            def put() -> tf.Tensor:
+                self.reference.assign(weight)
+                for book in self._books.values():
+                    book.put(given.get(book.kind))
+                return tf.constant(0)
+
+            def add() -> tf.Tensor:
+                for share in shares:
+                    self._books[share.kind].add(share)
+                return tf.constant(0)
+
+            tf.cond(tf.equal(self.micro_batches, 0), put, add)
+            self.micro_batches.assign_add(1)
+            return tf.constant(0)
+
+        def finish() -> tf.Tensor:
+            if 1 in self._steps:  # A window of one has stored nothing yet.
+                store()
+                self.flush(update, variables)
+            else:
+                self.flush(update, variables, given)
+            return tf.constant(0)
+
+        tf.cond(self.micro_batches + 1 >= self._steps_at(iterations), finish, store)
+
+    def flush(
+        self,
+        update: Update,
+        variables: Sequence[tf.Variable] = (),
+        latest: Mapping[str, Share] = MappingProxyType({}),
+    ) -> None:
+        """Make the update of what is stored and of the latest shares, with their own weights.
+
+        Args:
+            update: Makes the update, if the window weighs anything.
+            variables: What the optimizer is to be handed, with a gradient or without.
+            latest: By kind, shares that are not stored yet.
+        """
+        totals = [book.total(latest.get(book.kind)) for book in self._books.values()]
+        _finish(variables, totals, update)
+        self.micro_batches.assign(0)
+
+    def discard(self) -> None:
+        """Forget what the window holds."""
+        self.micro_batches.assign(0)
+
+    def _steps_at(self, iterations: Any) -> tf.Tensor:
+        if len(self._steps) == 1:
+            return tf.constant(self._steps[0], tf.int64)
+        started = tf.cast(tf.cast(iterations, tf.int64) >= tf.constant(self._starts, tf.int64), tf.int32)
+        return tf.gather(tf.constant(self._steps, tf.int64), tf.reduce_sum(started) - 1)
+
+    def _open(self, share: Share) -> None:
+        """See to it that there is a book of the share's kind, with a sum for each gradient."""
+        book = self._books.get(share.kind)
+        if book is None:
+            book = self._books[share.kind] = _Book(share.kind)
+            setattr(self, f"{share.kind}_book", book)  # checkpointed under this name
+        book.open(share, self._keep_sparse)
+
+
+class _Book(AutoTrackable):  # type: ignore[misc]
+    """The sums of one kind of loss: of gradients, by variable, and of weights."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._sums = self._no_dependency({})
+        with tf.init_scope():
+            self.weight = tf.Variable(0, trainable=False, dtype=tf.float64)
+
+    def open(self, share: Share, keep_sparse: bool) -> None:
+        """See to it that each gradient of the share has a sum."""
+        for reference, gradient in share.gradients.items():
+            if reference in self._sums:
+                continue
+            sparse = keep_sparse and isinstance(gradient, tf.IndexedSlices)
+            with tf.init_scope():
+                new = (_SparseSum if sparse else _DenseSum)(
+                    reference.deref().shape, widened(gradient).dtype
+                )
+            setattr(self, f"sum_{len(self._sums)}", new)  # checkpointed under this name
+            self._sums[reference] = new
+
+    def put(self, share: Optional[Share]) -> None:
+        """Write a share over whatever is stored."""
+        self.weight.assign(0 if share is None else share.weight)
+        for reference, stored in self._sums.items():
+            gradient = None if share is None else share.gradients.get(reference)
+            stored.clear() if gradient is None else stored.put(gradient)
+
+    def add(self, share: Share) -> None:
+        """Add a share to what is stored."""
+        self.weight.assign_add(share.weight)
+        for reference, gradient in share.gradients.items():
+            self._sums[reference].add(gradient)
+
+    def total(self, latest: Optional[Share]) -> Share:
+        """What is stored together with the latest share, which is not stored."""
+        given = {} if latest is None else latest.gradients
+        gradients = {
+            reference: stored.plus(given[reference]) if reference in given else stored.read()
+            for reference, stored in self._sums.items()
+        }
+        weight = self.weight.read_value()
+        return Share(self.kind, gradients, weight if latest is None else weight + latest.weight)
+
+
+class _DenseSum(AutoTrackable):  # type: ignore[misc]
+    """A sum of gradients of a variable's whole shape."""
+
+    def __init__(self, shape: tf.TensorShape, dtype: tf.DType) -> None:
+        self.values = tf.Variable(tf.zeros(shape, dtype), trainable=False)
+
+    def clear(self) -> None:
+        self.values.assign(tf.zeros_like(self.values))
+
+    def put(self, gradient: Gradient) -> None:
+        self.values.assign(as_dense(self._cast(gradient), self.values))
+
+    def add(self, gradient: Gradient) -> None:
+        gradient = self._cast(gradient)
+        if isinstance(gradient, tf.IndexedSlices):
+            self.values.scatter_add(gradient)
+        else:
+            self.values.assign_add(gradient)
+
+    def plus(self, gradient: Gradient) -> Gradient:
+        return self.values + as_dense(self._cast(gradient), self.values)
+
+    def read(self) -> Gradient:
+        return self.values.read_value()
+
+    def _cast(self, gradient: Gradient) -> Gradient:
+        return map_values(lambda values: tf.cast(values, self.values.dtype), gradient)
+
+
+class _SparseSum(AutoTrackable):  # type: ignore[misc]
+    """A sum of slices, kept as the slices themselves: no pass over the table they are of."""
+
+    def __init__(self, shape: tf.TensorShape, dtype: tf.DType) -> None:
+        row = shape[1:]
+        self._dense_shape = tuple(shape)
+        self.values = tf.Variable(tf.zeros([0, *row], dtype), trainable=False, shape=[None, *row])
+        self.rows = tf.Variable(tf.zeros([0], tf.int64), trainable=False, shape=[None])
+
+    def clear(self) -> None:
+        self._write(self.values[:0], self.rows[:0])
+
+    def put(self, gradient: Gradient) -> None:
+        self._write(*self._parts(gradient))
+
+    def add(self, gradient: Gradient) -> None:
+        slices = self.plus(gradient)
+        self._write(slices.values, slices.indices)
+
+    def plus(self, gradient: Gradient) -> tf.IndexedSlices:
+        values, rows = self._parts(gradient)
+        return self._slices(tf.concat([self.values, values], 0), tf.concat([self.rows, rows], 0))
+
+    def read(self) -> Gradient:
+        return self._slices(self.values.read_value(), self.rows.read_value())
+
+    def _write(self, values: tf.Tensor, rows: tf.Tensor) -> None:
+        self.values.assign(values)
+        self.rows.assign(rows)
+
+    def _parts(self, gradient: Gradient) -> tuple[tf.Tensor, tf.Tensor]:
+        slices = as_slices(gradient)
+        return tf.cast(slices.values, self.values.dtype), tf.cast(slices.indices, tf.int64)
+
+    def _slices(self, values: tf.Tensor, rows: tf.Tensor) -> tf.IndexedSlices:
+        return tf.IndexedSlices(values, rows, tf.constant(self._dense_shape, tf.int64))
+
+
+def _finish(variables: Sequence[tf.Variable], totals: Sequence[Share], update: Update) -> None:
+    """Divide what is to be divided, add up the kinds, and make the update.
+
+    A window that weighs nothing (no rows, or none valid) makes none: it changes nothing.
+    """
+
+    def make() -> tf.Tensor:
+        gradients: dict[Any, Gradient] = {}
+        for total in totals:
+            for reference, gradient in total.gradients.items():
+                if total.kind == MEAN:
+                    gradient = _divided(gradient, total.weight)
+                if reference in gradients:
+                    gradient = added(gradients[reference], gradient, reference.deref())
+                gradients[reference] = gradient
+        handed = {variable.ref(): variable for variable in variables}
+        handed.update((reference, reference.deref()) for reference in gradients)
+        update([gradients.get(reference) for reference in handed], list(handed.values()))
+        return tf.constant(0)
+
+    weight = tf.add_n([total.weight for total in totals])
+    tf.cond(weight > 0, make, lambda: tf.constant(0))
+
+
+def _divided(gradient: Gradient, weight: tf.Tensor) -> Gradient:
+    # Where only another kind weighs anything, the sums of this one are zeros.
+    divisor = tf.where(weight > 0, weight, tf.ones_like(weight))
+    return map_values(
+        lambda values: values / tf.cast(divisor, values.dtype), widened(gradient)
+    )
