@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 from tf_keras import Model, Sequential, optimizers
 from tf_keras.losses import Reduction
-from tf_keras.src.engine import data_adapter
+from tf_keras.src.engine import data_adapter, functional
 from tf_keras.src.engine.compile_utils import LossesContainer
 from tf_keras.src.engine.functional import Functional
 from tf_keras.src.mixed_precision.loss_scale_optimizer import BaseLossScaleOptimizer
@@ -22,6 +22,7 @@ __all__ = [
     "Sequential",
     "activation_losses",
     "flatten_layers",
+    "has_functional_init",
     "has_own_train_step",
     "has_sum_losses",
     "optimizers_of",
@@ -51,6 +52,13 @@ def optimizers_of(model: Any) -> list[Any]:
             if isinstance(item, _OPTIMIZERS):
                 found[id(item)] = item
     return list(found.values())
+
+
+def has_functional_init(model_class: type) -> bool:
+    """Whether a class is made from inputs and outputs, as a functional model is."""
+    return issubclass(model_class, Sequential) or functional.has_functional_like_constructor(
+        model_class
+    )
 
 
 def has_own_train_step(model: Any, mixin: type) -> bool:

@@ -1,0 +1,238 @@
+"""A model and the whole state of its training, copied: layers, weights, compile, optimizer.
+
+`clone_model` copies layers. What it leaves out is here: weights and vocabularies, frozen
+layers, objects that were never registered, the compile arguments, the optimizer's slots.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from ga_transform import _keras
+
+__all__ = ["clone_with_state"]
+
+_REMEDY = "Pass inplace=True: it copies nothing."
+
+
+def clone_with_state(model: Any, plain_class: type) -> Any:
+    """A plain model of `plain_class` with layers, weights and training state of its own.
+
+    Args:
+        model: A built or unbuilt, compiled or uncompiled model.
+        plain_class: Its class, or the one it had before it was converted.
+
+    Raises:
+        ValueError: A part of the model cannot be copied. The text names it.
+    """
+    with model.distribute_strategy.scope(), tf_keras.utils.custom_object_scope(
+        _unregistered_objects(model)
+    ):
+        copy = _clone_layers(model, plain_class)
+        _copy_layer_state(model, copy)
+        if model._is_compiled:
+            _copy_compile_state(model, copy)
+    return copy
+
+
+# ---- layers and weights --------------------------------------------------------------------
+
+
+def _clone_layers(model: Any, plain_class: type) -> Any:
+    """The model's layers, fresh, in a model of `plain_class`."""
+    if issubclass(plain_class, _keras.Functional) and _keras.has_functional_init(plain_class):
+        copy = tf_keras.models.clone_model(model, clone_function=_clone_layer)
+        if type(copy) is not plain_class:
+            copy.__class__ = plain_class
+        return copy
+    if plain_class.get_config is _keras.Model.get_config:
+        raise ValueError(
+            f"make_accumulating.model must define get_config to be copied; got "
+            f"{plain_class.__name__} {model.name!r} without one. {_REMEDY}"
+        )
+    return plain_class.from_config(plain_class.get_config(model))  # type: ignore[attr-defined]
+
+
+def _clone_layer(layer: Any) -> Any:
+    if isinstance(layer, (_keras.Functional, tf_keras.Sequential)):
+        # By its objects and not by its config, so that layers need not be registered.
+        return _clone_layers(layer, type(layer))
+    try:
+        config = layer.get_config()
+        for name in config:
+            # Functions as they are: a config holds the name, or the code, of a lambda.
+            if _is_own(getattr(layer, name, None)):
+                config[name] = getattr(layer, name)
+        if type(layer) is tf_keras.layers.Lambda:
+            return tf_keras.layers.Lambda(
+                layer.function,
+                output_shape=layer._output_shape,
+                mask=layer.mask,
+                arguments=layer.arguments,
+                **{name: config[name] for name in ("name", "trainable", "dtype")},
+            )
+        return type(layer).from_config(config)
+    except (TypeError, ValueError, NotImplementedError, KeyError) as error:
+        raise ValueError(
+            f"make_accumulating.model must have layers that can be made from their configs; got "
+            f"{type(layer).__name__} {layer.name!r}, which cannot. {_REMEDY}"
+        ) from error
+
+
+def _is_own(value: Any) -> bool:
+    """Whether a value is a function from outside TensorFlow and tf_keras."""
+    return inspect.isfunction(value) and not _is_known(value)
+
+
+def _is_known(function_or_class: Any) -> bool:
+    """Whether tf_keras finds it by its name."""
+    return function_or_class.__module__.split(".")[0] in ("tensorflow", "tf_keras")
+
+
+def _copy_layer_state(model: Any, copy: Any) -> None:
+    if model.built and not copy.built:
+        copy.build(model._build_input_shape)
+    layers, copies = _keras.flatten_layers(model), _keras.flatten_layers(copy)
+    if [layer.name for layer in layers] != [layer.name for layer in copies]:
+        raise _not_copied(model, "its layers come out of their configs in another structure")
+    for layer, own in zip(layers, copies):
+        if len(layer._callable_losses) != len(own._callable_losses):
+            raise _not_copied(model, f"a function passed to add_loss of {layer.name!r} is in no config")
+    for layer, own in zip(layers, copies):
+        own.trainable = layer.trainable  # parents first, so that each layer has the last word
+        if hasattr(layer, "save_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                layer.save_assets(folder)
+                own.load_assets(folder)
+    if not model.built:
+        return
+    shapes = [weight.shape for weight in model.weights]
+    if shapes != [weight.shape for weight in copy.weights]:
+        raise _not_copied(model, "its weights have other shapes, or another number, after cloning")
+    copy.set_weights(model.get_weights())
+    for own in copies:
+        if hasattr(own, "finalize_state"):
+            own.finalize_state()
+
+
+def _not_copied(model: Any, reason: str) -> ValueError:
+    return ValueError(
+        f"make_accumulating.model must be one that its configs describe; got {model.name!r}, "
+        f"where {reason}. {_REMEDY}"
+    )
+
+
+def _unregistered_objects(model: Any) -> dict[str, Any]:
+    """The functions and classes that configs of this model may name, by that name."""
+    owners = [*_keras.flatten_layers(model), *_keras.optimizers_of(model)]
+    owners += [opt.inner_optimizer for opt in owners if hasattr(opt, "inner_optimizer")]
+    found: dict[str, Any] = {}
+    for owner in owners:
+        for value in [owner, *vars(owner).values()]:
+            target = value if inspect.isfunction(value) else type(value)
+            if inspect.isfunction(value) or hasattr(value, "get_config"):
+                if not _is_known(target):
+                    found[tf_keras.utils.get_registered_name(target)] = target
+    return found
+
+
+# ---- compile -------------------------------------------------------------------------------
+
+
+def _copy_compile_state(model: Any, copy: Any) -> None:
+    losses, metrics = model.compiled_loss, model.compiled_metrics
+    copy.compile(
+        optimizer=tf.nest.map_structure(_clone_by_config, model.optimizer),
+        loss=losses._user_losses,
+        loss_weights=losses._user_loss_weights,
+        metrics=_clone_metrics(metrics, metrics._user_metrics),
+        weighted_metrics=_clone_metrics(metrics, metrics._user_weighted_metrics),
+        run_eagerly=model._run_eagerly,
+        steps_per_execution=(
+            "auto"
+            if model.autotune_steps_per_execution
+            else int(model._steps_per_execution.numpy())
+        ),
+        jit_compile=model.jit_compile,
+    )
+    own_variables = dict(zip((v.ref() for v in model.variables), copy.variables))
+    for optimizer, own in zip(tf.nest.flatten(model.optimizer), tf.nest.flatten(copy.optimizer)):
+        _copy_optimizer_state(optimizer, own, own_variables)
+
+
+def _clone_by_config(item: Any) -> Any:
+    return type(item).from_config(item.get_config())
+
+
+def _clone_metrics(container: Any, given: Any) -> Any:
+    """Metrics as they were given to `compile`; those that hold a state are made anew."""
+    if isinstance(given, (list, tuple)):
+        return [_clone_metrics(container, item) for item in given]
+    if isinstance(given, dict):
+        return {name: _clone_metrics(container, item) for name, item in given.items()}
+    if not isinstance(given, tf_keras.metrics.Metric):
+        return given
+    own = _clone_by_config(given)
+    if container.built and len(container._output_names) > 1:
+        # tf_keras has put an output's name in front, and will do so again.
+        own._name = _without_output_name(own._name, container._output_names)
+    return own
+
+
+def _without_output_name(name: str, output_names: list[str]) -> str:
+    for output in output_names:
+        for prefix in (f"{output}_weighted_", f"{output}_"):
+            if name.startswith(prefix):
+                return name[len(prefix) :]
+    return name
+
+
+# ---- optimizer -----------------------------------------------------------------------------
+
+
+def _copy_optimizer_state(optimizer: Any, own: Any, own_variables: dict[Any, Any]) -> None:
+    """Iterations, slots and whatever else an optimizer has gathered.
+
+    Args:
+        optimizer: Any optimizer of tf_keras, new, legacy or wrapped for loss scaling.
+        own: Its copy, not built yet.
+        own_variables: By reference, the copies of the variables that it trains.
+    """
+    scale, own_scale = (getattr(item, "_loss_scale", None) for item in (optimizer, own))
+    if hasattr(scale, "current_loss_scale"):
+        own_scale.current_loss_scale.assign(scale.current_loss_scale)  # type: ignore[union-attr]
+        own_scale.counter.assign(scale.counter)  # type: ignore[union-attr]
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    own = getattr(own, "inner_optimizer", own)
+
+    by_key = {optimizer._var_key(ref.deref()): variable for ref, variable in own_variables.items()}
+    if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
+        own.iterations.assign(optimizer.iterations)
+        own._create_all_weights([by_key[key] for key in optimizer._slots])
+        state, own_state = optimizer.weights, own.weights
+    else:
+        excluded = getattr(optimizer, "_exclude_from_weight_decay", None)
+        if excluded is not None:
+            own._exclude_from_weight_decay = [own._var_key(by_key[key]) for key in excluded]
+        if hasattr(optimizer, "_exclude_from_weight_decay_names"):
+            own._exclude_from_weight_decay_names = optimizer._exclude_from_weight_decay_names
+        if getattr(optimizer, "_built", False):
+            order = sorted(optimizer._index_dict, key=optimizer._index_dict.get)
+            own.build([by_key[key] for key in order])
+        state, own_state = list(optimizer.variables), list(own.variables)
+        if hasattr(optimizer, "_current_learning_rate"):
+            own._current_learning_rate.assign(optimizer._current_learning_rate)
+    if len(state) != len(own_state):
+        raise ValueError(
+            f"make_accumulating.model must have an optimizer that its config describes; got "
+            f"{type(optimizer).__name__} with {len(state)} variables, {len(own_state)} after "
+            f"cloning. {_REMEDY}"
+        )
+    for variable, own_variable in zip(state, own_state):
+        own_variable.assign(variable)

@@ -1,0 +1,325 @@
+"""The conversion: from the arguments to a chain, from a model to one that accumulates."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional, TypeVar, Union
+
+import tf_keras
+
+from ga_transform import _keras
+from ga_transform import saving as saving  # converted models can be saved from here on
+from ga_transform.chain import Chain
+from ga_transform.cloning import clone_with_state
+from ga_transform.errors import InexactWarning, shown, wrong_type
+from ga_transform.models import (
+    AccumulatingModel,
+    become_accumulating,
+    become_plain,
+    plain_class_of,
+)
+from ga_transform.specs import Accumulate, BatchNorm, ClipByAGC, Precision, Split, Transform
+from ga_transform.stages import check_stages
+
+__all__ = ["accumulating", "make_accumulating", "strip_accumulating"]
+
+Steps = Union[int, Mapping[int, int]]
+Builder = TypeVar("Builder", bound=Callable[..., Any])
+
+
+def make_accumulating(
+    model: Any,
+    accum_steps: Optional[Steps] = None,
+    *,
+    micro_batch_size: Optional[int] = None,
+    agc: Union[None, bool, float, ClipByAGC] = None,
+    precision: Union[None, str, Precision] = None,
+    batch_norm: Union[None, str, BatchNorm] = None,
+    transforms: Union[None, Chain, Sequence[Transform]] = None,
+    remainder: str = "flush",
+    whole_batch_loss: bool = False,
+    inplace: bool = False,
+) -> Any:
+    """A model that trains on micro-batches as `model` would on the large batch.
+
+    The new model has weights, compile state and optimizer state of its own, equal to those
+    of `model`, which is not touched. At least one thing to do must be asked for.
+
+    Args:
+        model: A `tf_keras.Model`, compiled or not, new or in the midst of its training.
+        accum_steps: Batches an update, >= 1; or a schedule ``{update: steps}``.
+        micro_batch_size: Rows a slice into which every batch is cut inside the graph.
+        agc: Adaptive gradient clipping of each update: True, a clip factor > 0, or a
+            `ClipByAGC`.
+        precision: "mixed_float16", "mixed_bfloat16", "float32", or a `Precision`.
+        batch_norm: "keep", "momentum", "pooled", "freeze", or a `BatchNorm`.
+        transforms: The whole chain instead of the arguments above.
+        remainder: What becomes of a partial window at the end of an epoch: "flush" applies
+            it with its own weights, "carry" keeps it, "drop" discards it.
+        whole_batch_loss: Take the loss on the outputs of all slices of a batch together.
+        inplace: Convert the object itself, whatever its class, and return it.
+
+    Returns:
+        The converted model. `fit`, callbacks, metrics and saving are as before.
+
+    Raises:
+        TypeError: The model is no `tf_keras.Model`, or an argument has a wrong type.
+        ValueError: An argument or the chain breaks a rule, or the model is converted already
+            or cannot be copied.
+
+    Example:
+        >>> import tf_keras, ga_transform as ga
+        >>> model = tf_keras.Sequential([tf_keras.Input([4]), tf_keras.layers.Dense(1)])
+        >>> model.compile("adam", "mse")
+        >>> ga.make_accumulating(model, accum_steps=8, agc=0.02).transforms
+        Chain(Accumulate(steps=8) -> ClipByAGC(clip_factor=0.02))
+    """
+    chain = _chain_of(
+        "make_accumulating", accum_steps, micro_batch_size, agc, precision, batch_norm,
+        transforms, remainder, whole_batch_loss,
+    )  # fmt: skip
+    return _convert("make_accumulating.model", model, chain, inplace)
+
+
+def accumulating(
+    accum_steps: Optional[Steps] = None,
+    *,
+    micro_batch_size: Optional[int] = None,
+    agc: Union[None, bool, float, ClipByAGC] = None,
+    precision: Union[None, str, Precision] = None,
+    batch_norm: Union[None, str, BatchNorm] = None,
+    transforms: Union[None, Chain, Sequence[Transform]] = None,
+    remainder: str = "flush",
+    whole_batch_loss: bool = False,
+) -> Callable[[Builder], Builder]:
+    """Decorate a function that builds a model: the model it returns is converted in place.
+
+    Args:
+        accum_steps, micro_batch_size, agc, precision, batch_norm, transforms, remainder,
+            whole_batch_loss: As for `make_accumulating`.
+
+    Returns:
+        A decorator; what it returns has the function's own signature, name and docstring.
+
+    Raises:
+        TypeError, ValueError: As `make_accumulating`; arguments are checked at decoration,
+            the model when it is built.
+
+    Example:
+        >>> import tf_keras, ga_transform as ga
+        >>> @ga.accumulating(accum_steps=8)
+        ... def build_model(width):
+        ...     model = tf_keras.Sequential([tf_keras.Input([4]), tf_keras.layers.Dense(width)])
+        ...     model.compile("adam", "mse")
+        ...     return model
+        >>> build_model(3).transforms
+        Chain(Accumulate(steps=8))
+    """
+    if callable(accum_steps):
+        raise wrong_type(
+            "accumulating.accum_steps",
+            "an int >= 1 or a schedule",
+            accum_steps,
+            "Write the arguments, as @accumulating(accum_steps=8).",
+        )
+    chain = _chain_of(
+        "accumulating", accum_steps, micro_batch_size, agc, precision, batch_norm,
+        transforms, remainder, whole_batch_loss,
+    )  # fmt: skip
+
+    def decorate(build: Builder) -> Builder:
+        @functools.wraps(build)
+        def build_accumulating(*args: Any, **kwargs: Any) -> Any:
+            model = build(*args, **kwargs)
+            return _convert(f"The model of {build.__name__}", model, chain, inplace=True)
+
+        return build_accumulating  # type: ignore[return-value]
+
+    return decorate
+
+
+def strip_accumulating(model: Any, *, inplace: bool = False) -> Any:
+    """The way back: a plain model with the weights, compile and optimizer state of `model`.
+
+    Args:
+        model: A converted model. Micro-batches that are pending are not taken along, and a
+            warning says how many: call `model.flush()` first to apply them.
+        inplace: Turn the object itself back into what it was.
+
+    Returns:
+        A model of the class that was converted.
+
+    Raises:
+        TypeError: `model` is no model.
+        ValueError: `model` is not converted, or cannot be copied.
+
+    Example:
+        >>> import tf_keras, ga_transform as ga
+        >>> model = tf_keras.Sequential([tf_keras.Input([4]), tf_keras.layers.Dense(1)])
+        >>> type(ga.strip_accumulating(ga.make_accumulating(model, accum_steps=8))).__name__
+        'Sequential'
+    """
+    _check_model("strip_accumulating.model", model)
+    if not isinstance(model, AccumulatingModel):
+        raise ValueError(
+            f"strip_accumulating.model must be a converted model; got {type(model).__name__} "
+            f"{model.name!r}. It is plain already."
+        )
+    pending = model.pending_micro_batches
+    if pending:
+        warnings.warn(
+            f"strip_accumulating leaves out {pending} pending micro-batches of {model.name!r}. "
+            "Call model.flush() first to apply them.",
+            stacklevel=2,
+        )
+    if inplace:
+        become_plain(model)
+        return model
+    return clone_with_state(model, plain_class_of(model))
+
+
+# ---- from the arguments to a chain -----------------------------------------------------------
+
+
+def _chain_of(
+    owner: str,
+    accum_steps: Optional[Steps],
+    micro_batch_size: Optional[int],
+    agc: Union[None, bool, float, ClipByAGC],
+    precision: Union[None, str, Precision],
+    batch_norm: Union[None, str, BatchNorm],
+    transforms: Union[None, Chain, Sequence[Transform]],
+    remainder: str,
+    whole_batch_loss: bool,
+) -> Chain:
+    """The chain that the arguments of a conversion stand for."""
+    shorthands = {
+        "accum_steps": accum_steps,
+        "micro_batch_size": micro_batch_size,
+        "agc": agc,
+        "precision": precision,
+        "batch_norm": batch_norm,
+        "remainder": None if remainder == "flush" else remainder,
+        "whole_batch_loss": None if whole_batch_loss is False else whole_batch_loss,
+    }
+    given = [name for name, value in shorthands.items() if value is not None]
+    if transforms is not None:
+        if given:
+            raise ValueError(
+                f"{owner} must be given transforms or shorthands, not both; got transforms and "
+                f"{', '.join(given)}. Put all of it into transforms."
+            )
+        if not isinstance(transforms, (list, tuple, Chain)):
+            raise wrong_type(
+                f"{owner}.transforms", "a Chain or a list of specs", transforms,
+                "For example [Accumulate(steps=8), ClipByAGC()].",
+            )  # fmt: skip
+        chain = Chain(*transforms)
+    else:
+        for name, needed in (("remainder", "accum_steps"), ("whole_batch_loss", "micro_batch_size")):
+            if name in given and needed not in given:
+                raise ValueError(
+                    f"{owner}.{name} must come with {needed}; got {name}={shorthands[name]!r} "
+                    f"alone. Give {needed} too."
+                )
+        specs = [
+            None if precision is None else _spec(Precision, precision),
+            None if batch_norm is None else _spec(BatchNorm, batch_norm),
+            None if micro_batch_size is None else Split(micro_batch_size, whole_batch_loss),
+            None if accum_steps is None else Accumulate(accum_steps, remainder=remainder),
+            None if agc is None or agc is False else _spec(ClipByAGC, agc),
+        ]
+        chain = Chain(*[spec for spec in specs if spec is not None])
+    if not len(chain):
+        raise ValueError(
+            f"{owner} must be asked for something to do; got nothing. For example accum_steps=8."
+        )
+    return chain
+
+
+def _spec(spec_class: type[Transform], value: Any) -> Transform:
+    """A shorthand's value as a spec: the spec itself, True for the defaults, or its first field."""
+    if isinstance(value, spec_class):
+        return value
+    return spec_class() if value is True else spec_class(value)  # type: ignore[call-arg]
+
+
+# ---- from a model to one that accumulates ----------------------------------------------------
+
+
+def _convert(owner: str, model: Any, chain: Chain, inplace: bool) -> Any:
+    """Check everything, then change something."""
+    _check_model(owner, model)
+    if isinstance(model, AccumulatingModel):
+        raise ValueError(
+            f"{owner} must be a plain model; got {model.name!r}, converted already to "
+            f"{model.transforms}. Call strip_accumulating first."
+        )
+    _check_available(chain)
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    if replicas > 1:
+        raise ValueError(
+            f"{owner} must be on one device in this version; got {model.name!r} on {replicas} "
+            "replicas. Build and convert it outside the strategy's scope."
+        )
+    check_stages([*chain.micro_batch_stages, *chain.update_stages], model)
+    _warn_of_batch_norm(model, chain)
+    if not inplace:
+        model = clone_with_state(model, type(model))
+    become_accumulating(model, chain)
+    return model
+
+
+def _check_model(owner: str, model: Any) -> None:
+    if isinstance(model, tf_keras.Model):
+        return
+    remedy = "Pass a model, as tf_keras.Sequential([...]) returns it."
+    if isinstance(model, type):
+        remedy = "Pass an instance, not the class."
+    packages = {base.__module__.split(".")[0] for base in type(model).__mro__}
+    if "keras" in packages and hasattr(model, "fit"):
+        version = importlib.import_module("keras").__version__
+        raise TypeError(
+            f"{owner} must be a tf_keras.Model; got {type(model).__name__} of the package keras "
+            f"{version}. Build it with tf_keras ('import tf_keras' for 'import keras'), or set "
+            "TF_USE_LEGACY_KERAS=1 before TensorFlow is imported if it is built with tf.keras."
+        )
+    raise wrong_type(owner, "a tf_keras.Model", model, remedy)
+
+
+def _check_available(chain: Chain) -> None:
+    """Refuse what the specs can say and this version does not do yet."""
+    for spec in chain:
+        if isinstance(spec, (Split, Precision, BatchNorm)):
+            raise NotImplementedError(
+                f"{type(spec).__name__} cannot be carried out in this version; got {spec}. "
+                "Leave it out: Accumulate, Scale and the clips can be."
+            )
+    accumulate = chain.find(Accumulate)
+    if accumulate is not None and accumulate.on_nonfinite != "window":
+        raise NotImplementedError(
+            "Accumulate.on_nonfinite must be 'window' in this version; got "
+            f"{shown(accumulate.on_nonfinite)}. Leave it out."
+        )
+
+
+def _warn_of_batch_norm(model: Any, chain: Chain) -> None:
+    """Batch norm takes its statistics from the rows of one pass: name the layers once."""
+    accumulate = chain.find(Accumulate)
+    if accumulate is None or accumulate.steps == 1:
+        return
+    names = [
+        layer.name
+        for layer in _keras.flatten_layers(model)
+        if isinstance(layer, tf_keras.layers.BatchNormalization) and layer.trainable
+    ]
+    if names:
+        warnings.warn(
+            f"{model.name}: batch normalisation takes its statistics from each micro-batch, so "
+            f"updates are not those of the large batch; layers: {', '.join(names)}.",
+            InexactWarning,
+            stacklevel=4,
+        )
