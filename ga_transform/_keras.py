@@ -12,6 +12,7 @@ from tf_keras.src.engine import data_adapter, functional
 from tf_keras.src.engine.compile_utils import LossesContainer
 from tf_keras.src.engine.functional import Functional
 from tf_keras.src.mixed_precision.loss_scale_optimizer import BaseLossScaleOptimizer
+from tf_keras.src.optimizers.legacy.optimizer_v2 import _var_key as legacy_variable_key
 from tf_keras.src.utils import losses_utils
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "shared_by_replicas",
     "output_layers",
     "unpack_x_y_sample_weight",
+    "variable_key",
     "weight_losses",
 ]
 
@@ -52,6 +54,12 @@ def optimizers_of(model: Any) -> list[Any]:
             if isinstance(item, _OPTIMIZERS):
                 found[id(item)] = item
     return list(found.values())
+
+
+def variable_key(optimizer: Any, variable: tf.Variable) -> str:
+    """The key under which an optimizer, new or legacy, keeps a variable's slots."""
+    own = getattr(optimizer, "_var_key", None)
+    return legacy_variable_key(variable) if own is None else own(variable)
 
 
 def has_functional_init(model_class: type) -> bool:

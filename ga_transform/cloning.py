@@ -211,11 +211,17 @@ def _copy_optimizer_state(optimizer: Any, own: Any, own_variables: dict[Any, Any
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     own = getattr(own, "inner_optimizer", own)
 
-    by_key = {optimizer._var_key(ref.deref()): variable for ref, variable in own_variables.items()}
+    by_key = {
+        _keras.variable_key(optimizer, reference.deref()): variable
+        for reference, variable in own_variables.items()
+    }
     if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
-        own.iterations.assign(optimizer.iterations)
-        own._create_all_weights([by_key[key] for key in optimizer._slots])
-        state, own_state = optimizer.weights, own.weights
+        state = optimizer.weights
+        if state:
+            own.iterations.assign(optimizer.iterations)
+        if optimizer._slots:
+            own._create_all_weights([by_key[key] for key in optimizer._slots])
+        own_state = own.weights
     else:
         excluded = getattr(optimizer, "_exclude_from_weight_decay", None)
         if excluded is not None:
@@ -225,9 +231,9 @@ def _copy_optimizer_state(optimizer: Any, own: Any, own_variables: dict[Any, Any
         if getattr(optimizer, "_built", False):
             order = sorted(optimizer._index_dict, key=optimizer._index_dict.get)
             own.build([by_key[key] for key in order])
-        state, own_state = list(optimizer.variables), list(own.variables)
-        if hasattr(optimizer, "_current_learning_rate"):
-            own._current_learning_rate.assign(optimizer._current_learning_rate)
+        # Some variables (a schedule's latest value, Nadam's product) are in no list.
+        state = [*optimizer.variables, *_variable_attributes(optimizer)]
+        own_state = [*own.variables, *_variable_attributes(own)]
     if len(state) != len(own_state):
         raise ValueError(
             f"make_accumulating.model must have an optimizer that its config describes; got "
@@ -236,3 +242,8 @@ def _copy_optimizer_state(optimizer: Any, own: Any, own_variables: dict[Any, Any
         )
     for variable, own_variable in zip(state, own_state):
         own_variable.assign(variable)
+
+
+def _variable_attributes(optimizer: Any) -> list[tf.Variable]:
+    items = sorted(vars(optimizer).items())
+    return [value for _, value in items if isinstance(value, tf.Variable)]

@@ -140,7 +140,7 @@ class Accumulating:
     def _state(self) -> _State:
         """The windows of the present `compile`; compiling again starts new ones."""
         state = vars(self).get("_accumulation")
-        if state is None or state.compiled_loss is not self.compiled_loss:  # type: ignore[attr-defined]
+        if not isinstance(state, _State) or state.compiled_loss is not self.compiled_loss:  # type: ignore[attr-defined]
             state = self._accumulation = _State(self)
         return state
 
