@@ -24,8 +24,8 @@ __all__ = [
     "activation_losses",
     "flatten_layers",
     "has_functional_init",
-    "has_own_train_step",
     "has_sum_losses",
+    "is_keras_own",
     "optimizers_of",
     "shared_by_replicas",
     "output_layers",
@@ -69,9 +69,9 @@ def has_functional_init(model_class: type) -> bool:
     )
 
 
-def has_own_train_step(model: Any, mixin: type) -> bool:
-    """Whether the `train_step` behind the mixin is that of tf_keras itself."""
-    return super(mixin, type(model)).train_step is Model.train_step
+def is_keras_own(model: Any, mixin: type, method: str) -> bool:
+    """Whether a method behind the mixin is that of tf_keras's `Model` itself."""
+    return getattr(super(mixin, type(model)), method) is getattr(Model, method)
 
 
 def has_sum_losses(model: Any) -> bool:

@@ -18,7 +18,7 @@ from tf_keras.losses import Reduction
 
 from ga_transform import _keras
 
-__all__ = ["MEAN", "SUM", "LossTerm", "count_rows", "disagreeing", "record_losses"]
+__all__ = ["MEAN", "SUM", "LossTerm", "count_rows", "disagreeing", "record_losses", "stop_recording"]
 
 #: A mean over elements: micro-batches are weighted by their counts, and divided by their sum.
 MEAN = "mean"
@@ -60,6 +60,12 @@ def record_losses(container: Any) -> Iterator[list[LossTerm]]:
     finally:
         if recorded:
             container._terms = earlier
+
+
+def stop_recording(container: Any) -> None:
+    """Make a compiled loss what it was before it was first recorded."""
+    if isinstance(container, _RecordedLosses):
+        container.__class__ = _keras.LossesContainer
 
 
 class _RecordedLosses(_keras.LossesContainer):

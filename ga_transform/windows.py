@@ -1,0 +1,115 @@
+"""The windows of a model's optimizers, and how each optimizer makes its updates."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import tensorflow as tf
+
+from ga_transform._keras import AutoTrackable
+from ga_transform.chain import Chain
+from ga_transform.errors import InexactWarning
+from ga_transform.numerics import Gradient, map_values
+from ga_transform.specs import Accumulate
+from ga_transform.stages import apply_stages
+from ga_transform.stages.accumulate import Update, Window
+
+__all__ = ["Windows"]
+
+
+class Windows(AutoTrackable):  # type: ignore[misc]
+    """What accumulation keeps between calls: checkpointed with the model, none of its weights.
+
+    Args:
+        model: The converted model, compiled. Compiling it again asks for new windows.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.chain: Chain = model.transforms
+        self.accumulate = self.chain.find(Accumulate) or Accumulate(1)
+        self.compiled_loss = model.compiled_loss
+        self._model = self._no_dependency(weakref.ref(model))
+        self._windows = self._no_dependency({})
+        self._updates = self._no_dependency({})
+        self._flushes = self._no_dependency({})
+        self._has_warned = False
+
+    @property
+    def pending(self) -> int:
+        """The micro-batches of the fullest window."""
+        counts = [int(window.micro_batches.numpy()) for window in self._windows.values()]
+        return max(counts, default=0)
+
+    def open(self, optimizer: Any) -> None:
+        """See to it that an optimizer has a window."""
+        if id(optimizer) not in self._windows:
+            window = Window(self.accumulate.steps, keep_sparse=not self._model().jit_compile)
+            setattr(self, f"window_{len(self._windows)}", window)  # checkpointed under this name
+            self._windows[id(optimizer)] = window
+
+    def of(self, optimizer: Any) -> Window:
+        """The window of an optimizer."""
+        return self._windows[id(optimizer)]
+
+    def update_of(self, optimizer: Any, args: Any, kwargs: Any) -> Update:
+        """How an optimizer makes an update: through the stages, then by itself.
+
+        Args:
+            optimizer: Its own `apply_gradients` is called.
+            args, kwargs: What the model passes to `apply_gradients` beside the gradients. A
+                later flush passes the same.
+        """
+
+        def update(
+            gradients: Sequence[Optional[Gradient]], variables: Sequence[tf.Variable]
+        ) -> None:
+            present = [variable for g, variable in zip(gradients, variables) if g is not None]
+            staged = apply_stages(
+                self.chain.update_stages,
+                [gradient for gradient in gradients if gradient is not None],
+                present,
+                self._model(),
+            )
+            final = {v.ref(): _cast(g, v.dtype) for g, v in zip(staged, present)}
+            # Variables without a gradient go along, and are left out as tf_keras does it.
+            handed = [(final.get(variable.ref()), variable) for variable in variables]
+            optimizer.apply_gradients.undiverted(handed, *args, **kwargs)
+
+        self._updates[id(optimizer)] = update
+        return update
+
+    def flush(self) -> None:
+        """Make the updates of partial windows."""
+        for key, window in self._windows.items():
+            if not int(window.micro_batches.numpy()):
+                continue
+            if key not in self._flushes:
+                self._flushes[key] = self._flush_function(window, self._updates[key])
+            self._flushes[key]()
+
+    def _flush_function(self, window: Window, update: Update) -> Callable[[], None]:
+        def flush() -> None:
+            window.flush(update)
+
+        model = self._model()
+        if model.run_eagerly:
+            return flush
+        return tf.function(flush, jit_compile=model.jit_compile, autograph=False)  # type: ignore[no-any-return]
+
+    def discard(self) -> None:
+        """Forget partial windows."""
+        for window in self._windows.values():
+            window.discard()
+
+    def warn_once(self, text: str) -> None:
+        """Say what cannot be exact, the first time."""
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(text, InexactWarning, stacklevel=2)
+
+
+def _cast(gradient: Gradient, dtype: tf.DType) -> Gradient:
+    return map_values(lambda values: tf.cast(values, dtype), gradient)
