@@ -12,7 +12,7 @@ import tensorflow as tf
 from ga_transform._keras import AutoTrackable
 from ga_transform.chain import Chain
 from ga_transform.errors import InexactWarning
-from ga_transform.numerics import Gradient, map_values
+from ga_transform.numerics import Gradient
 from ga_transform.specs import Accumulate
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Update, Window
@@ -73,7 +73,7 @@ class Windows(AutoTrackable):  # type: ignore[misc]
                 present,
                 self._model(),
             )
-            final = {v.ref(): _cast(g, v.dtype) for g, v in zip(staged, present)}
+            final = {v.ref(): _as_handed(g, v.dtype) for g, v in zip(staged, present)}
             # Variables without a gradient go along, and are left out as tf_keras does it.
             handed = [(final.get(variable.ref()), variable) for variable in variables]
             optimizer.apply_gradients.undiverted(handed, *args, **kwargs)
@@ -111,5 +111,12 @@ class Windows(AutoTrackable):  # type: ignore[misc]
             warnings.warn(text, InexactWarning, stacklevel=2)
 
 
-def _cast(gradient: Gradient, dtype: tf.DType) -> Gradient:
-    return map_values(lambda values: tf.cast(values, dtype), gradient)
+def _as_handed(gradient: Gradient, dtype: tf.DType) -> Gradient:
+    """A gradient in its variable's dtype, and in the graph of the update like all others.
+
+    Optimizers reduce gradients over replicas in one call, which takes them of one graph only.
+    """
+    if isinstance(gradient, tf.IndexedSlices):
+        indices, shape = tf.identity(gradient.indices), gradient.dense_shape
+        return tf.IndexedSlices(tf.identity(tf.cast(gradient.values, dtype)), indices, shape)
+    return tf.identity(tf.cast(gradient, dtype))
