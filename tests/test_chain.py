@@ -1,10 +1,12 @@
 """Specs and chains: values that print, compare, serialise, and refuse to be changed."""
 
+import contextlib
 import copy
 import functools
 import json
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 
@@ -48,6 +50,14 @@ def through_json(chain):
     return ga.Chain.from_config(json.loads(json.dumps(chain.to_config(), allow_nan=False)))
 
 
+@contextlib.contextmanager
+def refused(error, text):
+    """The block raises exactly this error, with exactly this text."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        yield
+    assert (caught.type, str(caught.value)) == (error, text)
+
+
 @attrs.frozen
 class Shrink(ga.Transform):
     """A transform of a user's own, which the tests register or do not."""
@@ -61,14 +71,14 @@ class Shrink(ga.Transform):
 
 def test_specs_and_chains_do_without_tensorflow():
     """Making, printing and saving every spec imports no TensorFlow and no Keras."""
-    script = """
+    specs = ", ".join(f"ga.{spec!r}" for spec in SPECS.values())
+    script = f"""
 import json, sys
 import ga_transform as ga
-from ga_transform import *
-chain = ga.Chain([SPECS])
+chain = ga.Chain({specs})
 assert ga.Chain.from_config(json.loads(json.dumps(chain.to_config()))) == chain
 dir(ga), repr(chain), hash(chain)
-print({name.split(".")[0] for name in sys.modules} & {"tensorflow", "tf_keras", "keras"})
+print([name for name in ("tensorflow", "tf_keras", "keras") if name in sys.modules])
 """
     run = subprocess.run(
         [sys.executable, "-c", script],
@@ -220,9 +230,8 @@ def test_a_spec_cannot_be_changed(kind):
 def test_a_chain_cannot_be_changed(change):
     """No attribute of a chain can be set, added or deleted."""
     chain = ga.Chain(ga.Scale(2.0))
-    with pytest.raises(AttributeError) as caught:
+    with refused(AttributeError, "a Chain cannot be changed; make another"):
         change(chain)
-    assert str(caught.value) == "a Chain cannot be changed; make another"
     assert list(chain) == [ga.Scale(2.0)]
 
 
@@ -242,9 +251,8 @@ def test_a_chain_cannot_be_changed(change):
 def test_a_mapping_in_a_spec_cannot_be_changed(change):
     """A schedule refuses every method that would change a dict."""
     spec = ga.Accumulate({0: 1, 1000: 8})
-    with pytest.raises(TypeError) as caught:
+    with refused(TypeError, "a spec cannot be changed; use attrs.evolve to make another"):
         change(spec.steps)
-    assert str(caught.value) == "a spec cannot be changed; use attrs.evolve to make another"
     assert spec.steps == {0: 1, 1000: 8}
 
 
@@ -261,7 +269,8 @@ def test_a_spec_keeps_no_hold_on_what_it_was_given():
 def test_evolve_checks_as_the_constructor_does():
     """A spec made from another by attrs.evolve obeys the same rules."""
     assert attrs.evolve(ga.Accumulate(8), steps=4) == ga.Accumulate(4)
-    with pytest.raises(ValueError, match=r"^Accumulate.steps must be an int >= 1; got 0\. "):
+    text = "Accumulate.steps must be an int >= 1; got 0. Use 1 to update on every batch."
+    with refused(ValueError, text):
         attrs.evolve(ga.Accumulate(8), steps=0)
 
 
@@ -312,23 +321,31 @@ OUT_OF_ORDER = [
     ([PRECISION, SCALE, ACCUMULATE, SPLIT], f"{SPLIT_RULE}Accumulate. Move Split before Scale."),
     (
         [ACCUMULATE, SCALE, ga.Accumulate(4, remainder="drop")],
-        "Chain must hold at most one Accumulate; got two: Accumulate(steps=2) and "
-        "Accumulate(steps=4, remainder='drop'). Keep one.",
+        (
+            "Chain must hold at most one Accumulate; got two: Accumulate(steps=2) and "
+            "Accumulate(steps=4, remainder='drop'). Keep one."
+        ),
     ),
     (
         [SPLIT, SPLIT],
-        "Chain must hold at most one Split; got two: Split(micro_batch_size=4) and "
-        "Split(micro_batch_size=4). Keep one.",
+        (
+            "Chain must hold at most one Split; got two: Split(micro_batch_size=4) and "
+            "Split(micro_batch_size=4). Keep one."
+        ),
     ),
     (
         [PRECISION, ga.Precision("mixed_float16")],
-        "Chain must hold at most one Precision; got two: Precision(policy='float32') and "
-        "Precision(policy='mixed_float16'). Keep one.",
+        (
+            "Chain must hold at most one Precision; got two: Precision(policy='float32') and "
+            "Precision(policy='mixed_float16'). Keep one."
+        ),
     ),
     (
         [BATCH_NORM, PRECISION, BATCH_NORM],
-        "Chain must hold at most one BatchNorm; got two: BatchNorm(mode='keep') and "
-        "BatchNorm(mode='keep'). Keep one.",
+        (
+            "Chain must hold at most one BatchNorm; got two: BatchNorm(mode='keep') and "
+            "BatchNorm(mode='keep'). Keep one."
+        ),
     ),
 ]
 
@@ -342,9 +359,8 @@ def test_a_right_order_is_kept(case):
 @pytest.mark.parametrize(("specs", "text"), OUT_OF_ORDER, ids=[text for _, text in OUT_OF_ORDER])
 def test_a_wrong_order_is_refused(specs, text):
     """What stands in the wrong place, or stands twice, is named with what to do about it."""
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, text):
         ga.Chain(specs)
-    assert str(caught.value) == text
 
 
 def test_a_transform_that_borrows_a_name_is_no_second_one():
@@ -451,13 +467,19 @@ BROKEN_CONFIGS = [
         ValueError,
         f"Scale config version must be an int from 1 to 1; got 2. {LATER}",
     ),
-    (config_of("Acumulate", steps=2), ValueError, f"{KIND_RULE}'Acumulate'. Did you mean 'Accumulate'?"),
+    (
+        config_of("Acumulate", steps=2),
+        ValueError,
+        f"{KIND_RULE}'Acumulate'. Did you mean 'Accumulate'?",
+    ),
     (config_of("ClipByNrm"), ValueError, f"{KIND_RULE}'ClipByNrm'. Did you mean 'ClipByNorm'?"),
     (
         config_of("nobody>Acumulate"),
         ValueError,
-        f"{KIND_RULE}'nobody>Acumulate'. Did you mean 'Accumulate'? "
-        "A transform of your own must be registered before it is loaded.",
+        (
+            f"{KIND_RULE}'nobody>Acumulate'. Did you mean 'Accumulate'? "
+            "A transform of your own must be registered before it is loaded."
+        ),
     ),
     (
         config_of("Accumulate", stepz=2),
@@ -487,30 +509,27 @@ BROKEN_CONFIGS = [
 )
 def test_a_broken_config_is_refused(config, error, text):
     """A config of another shape, version, kind or field is named, with the nearest right one."""
-    with pytest.raises(error) as caught:
+    with refused(error, text):
         ga.Chain.from_config(config)
-    assert str(caught.value) == text
 
 
 @pytest.mark.parametrize("kind", ["Zzz", "", "Transform", "FrozenDict", "Chain", None, 7])
 def test_only_registered_kinds_are_read(kind):
     """Nothing but a registered transform can be named by a config; the known ones are listed."""
-    with pytest.raises(ValueError) as caught:
+    # A transform that another test has registered may be listed after these.
+    listed = re.escape(f"{KIND_RULE}{kind!r}. Known: {BUILT_IN}")
+    with pytest.raises(ValueError, match=rf"^{listed}[^\n]*\.$"):
         ga.Chain.from_config(config_of(kind))
-    assert str(caught.value).startswith(f"{KIND_RULE}{kind!r}. Known: {BUILT_IN}")
 
 
 @pytest.mark.parametrize("version", [None, 0, -1, 1.0, "1", True, [1]])
 def test_a_version_is_an_int_from_one(version):
     """Missing and malformed versions are refused, of the chain and of each transform."""
-    broken = {"version": version, "transforms": []}
-    with pytest.raises(ValueError) as caught:
-        ga.Chain.from_config(broken)
-    rule = f"config version must be an int from 1 to 1; got {version!r}."
-    assert str(caught.value).startswith(f"Chain {rule}")
-    with pytest.raises(ValueError) as caught:
+    rule = re.escape(f"config version must be an int from 1 to 1; got {version!r}. ")
+    with pytest.raises(ValueError, match=f"^Chain {rule}"):
+        ga.Chain.from_config({"version": version, "transforms": []})
+    with pytest.raises(ValueError, match=f"^Scale {rule}"):
         ga.Chain.from_config({"version": 1, "transforms": [{"kind": "Scale", "version": version}]})
-    assert str(caught.value).startswith(f"Scale {rule}")
 
 
 #: Values that a file may hold and no constructor accepts: (kind, fields).
@@ -548,30 +567,27 @@ def test_a_forged_value_is_refused_as_if_typed_by_hand(kind, fields):
     """A config's value is checked by the rule of its field, with that rule's own words."""
     with pytest.raises((TypeError, ValueError)) as typed:
         getattr(ga, kind)(**fields)
-    with pytest.raises((TypeError, ValueError)) as loaded:
+    assert str(typed.value).startswith(f"{kind}.{list(fields)[-1]} must be ")
+    with refused(typed.type, str(typed.value)):
         ga.Chain.from_config(config_of(kind, **fields))
-    assert loaded.type is typed.type
-    assert str(loaded.value) == str(typed.value)
-    assert str(loaded.value).startswith(f"{kind}.{list(fields)[-1]} must be ")
 
 
-@pytest.mark.parametrize("schedule", [{}, {"1": 4}, {"0": 0}, {"-1": 4, "0": 1}, {"0": 2.5}, {"x": 1}])
+@pytest.mark.parametrize(
+    "schedule", [{}, {"1": 4}, {"0": 0}, {"-1": 4, "0": 1}, {"0": 2.5}, {"x": 1}]
+)
 def test_a_forged_schedule_is_refused(schedule):
     """The keys of a schedule in a config are the digits of updates, from 0 on."""
-    with pytest.raises((TypeError, ValueError)) as caught:
+    rule = "Accumulate.steps must be a schedule {update: steps} that starts at update 0; got {"
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(rule)}"):
         ga.Chain.from_config(config_of("Accumulate", steps=schedule))
-    assert str(caught.value).startswith(
-        "Accumulate.steps must be a schedule {update: steps} that starts at update 0; got {"
-    )
 
 
 def test_order_is_checked_on_loading():
     """A config whose transforms stand in a wrong order is refused as the constructor would."""
     config = ga.Chain(SPLIT, ACCUMULATE).to_config()
     config["transforms"].reverse()
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, f"{SPLIT_RULE}Accumulate. Move Split before Accumulate."):
         ga.Chain.from_config(config)
-    assert str(caught.value) == f"{SPLIT_RULE}Accumulate. Move Split before Accumulate."
 
 
 # ---- weighting functions ----------------------------------------------------------------------
@@ -596,15 +612,13 @@ def test_a_registered_weighting_is_saved_by_its_name():
 def test_an_unregistered_weighting_cannot_be_saved(weighting):
     """Any callable makes a chain; to save one that is not registered is refused with the remedy."""
     chain = ga.Chain(ga.Accumulate(2, weighting=weighting))
-    with pytest.raises(ValueError) as caught:
-        chain.to_config()
-    shown = repr(weighting)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    assert str(caught.value) == (
-        f"Accumulate.weighting must be registered to be saved; got {shown} "
+    text = (
+        f"Accumulate.weighting must be registered to be saved; got {weighting!r} "
         f"({type(weighting).__name__}). "
         "Decorate it with tf_keras.utils.register_keras_serializable()."
     )
+    with refused(ValueError, text):
+        chain.to_config()
 
 
 def test_an_unregistered_weighting_trains():
@@ -625,12 +639,12 @@ def test_an_unregistered_weighting_trains():
 @pytest.mark.parametrize("name", ["nobody>nothing", None, 3])
 def test_a_weighting_that_is_not_registered_here_is_refused(name):
     """A config that names an unknown function says how to make it known."""
-    with pytest.raises(ValueError) as caught:
-        ga.Chain.from_config(config_of("Accumulate", steps=2, weighting={"registered": name}))
-    assert str(caught.value) == (
+    text = (
         f"Accumulate.weighting must be a function that is registered here; got {name!r}. "
         "Import the module that registers it before loading."
     )
+    with refused(ValueError, text):
+        ga.Chain.from_config(config_of("Accumulate", steps=2, weighting={"registered": name}))
 
 
 # ---- transforms of a user's own ---------------------------------------------------------------
@@ -666,12 +680,12 @@ def test_an_unregistered_transform_cannot_be_saved():
     chain = ga.Chain(Shrink(0.25))
     assert repr(chain) == "Chain(Shrink(factor=0.25))"
     assert pickle.loads(pickle.dumps(chain)) == copy.deepcopy(chain) == chain
-    with pytest.raises(ValueError) as caught:
-        chain.to_config()
-    assert str(caught.value) == (
+    text = (
         "Shrink must be registered to be saved; got an unregistered class. "
         "Pass it to ga_transform.register_transform."
     )
+    with refused(ValueError, text):
+        chain.to_config()
 
 
 def test_a_transform_that_is_defined_again_takes_the_place_of_the_first():
@@ -837,8 +851,8 @@ def test_loading_leaves_the_config_as_it_is(chain):
     assert config == before == chain.to_config()
 
 
-likely = st.sampled_from(
-    [*SPECS, "Acumulate", "x>y", "exact", "flush", {"registered": "x"}, {"0": 1}, {"a": [0]}, 0, 1, 2]
+likely = st.sampled_from([*SPECS, "Acumulate", "x>y", "exact", "flush"]) | st.sampled_from(
+    [{"registered": "x"}, {"0": 1}, {"a": [0]}, 0, 1, 2]
 )
 json_values = st.recursive(
     likely | st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(),
