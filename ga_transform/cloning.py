@@ -57,7 +57,7 @@ def _clone_layers(model: Any, plain_class: type) -> Any:
         return copy
     if plain_class.get_config is _keras.Model.get_config:
         raise ValueError(
-            f"make_accumulating.model must define get_config to be copied; got "
+            f"A model must define get_config to be copied; got "
             f"{plain_class.__name__} {model.name!r} without one. {_REMEDY}"
         )
     return plain_class.from_config(plain_class.get_config(model))  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ def _clone_layer(layer: Any) -> Any:
         return type(layer).from_config(config)
     except (TypeError, ValueError, NotImplementedError, KeyError) as error:
         raise ValueError(
-            f"make_accumulating.model must have layers that can be made from their configs; got "
+            f"A model must have layers that can be made from their configs to be copied; got "
             f"{type(layer).__name__} {layer.name!r}, which cannot. {_REMEDY}"
         ) from error
 
@@ -126,7 +126,7 @@ def _shapes(model: Any) -> list[Any]:
 
 def _not_copied(model: Any, reason: str) -> ValueError:
     return ValueError(
-        f"make_accumulating.model must be one that its configs describe; got {model.name!r}, "
+        f"A model must be what its configs describe to be copied; got {model.name!r}, "
         f"where {reason}. {_REMEDY}"
     )
 
@@ -239,7 +239,7 @@ def _copy_optimizer_state(optimizer: Any, own: Any, own_variables: dict[Any, Any
         own_state = [*own.variables, *_variable_attributes(own)]
     if len(state) != len(own_state):
         raise ValueError(
-            f"make_accumulating.model must have an optimizer that its config describes; got "
+            f"A model must have an optimizer that its config describes to be copied; got "
             f"{type(optimizer).__name__} with {len(state)} variables, {len(own_state)} after "
             f"cloning. {_REMEDY}"
         )

@@ -4,6 +4,9 @@ With SGD at a learning rate of one, what an update takes off the weights is the 
 the chain has made.
 """
 
+import functools
+import itertools
+
 import cases
 import numpy as np
 import pytest
@@ -44,8 +47,7 @@ def converted(model, *transforms, **arguments):
 def assert_close(ours, theirs, tolerance=ROUNDING):
     """Within `tolerance` of the largest element, array by array."""
     assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs):
-        one, other = references.array(one), references.array(other)
+    for one, other in zip(map(references.array, ours), map(references.array, theirs)):
         assert one.shape == other.shape
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.max(np.abs(other)))
 
@@ -138,7 +140,7 @@ def micro_batches(seed=2):
 
 
 def train(model, windows):
-    for batch in sum(windows, []):
+    for batch in itertools.chain.from_iterable(windows):
         model.train_on_batch(*batch)
     return model.get_weights()
 
@@ -213,7 +215,7 @@ def test_fit_carries_out_a_chain_of_all_stages(float64):
         return stages
 
     expected = two_layer_training(model.get_weights(), micro_batches(), fold(before), fold(after))
-    model.fit(cases.dataset(sum(micro_batches(), [])), verbose=0)
+    model.fit(cases.dataset(itertools.chain.from_iterable(micro_batches())), verbose=0)
     assert_close(model.get_weights(), expected)
 
 
@@ -225,7 +227,7 @@ def test_a_gradient_under_the_bound_trains_to_the_same_bits(name, where):
 
     def trained(stage):
         chain = [ga.Accumulate(3), stage] if where == "after" else [stage, ga.Accumulate(3)]
-        return train(converted(source, *chain), micro_batches())
+        return train(converted(source, *chain), micro_batches()[:1])
 
     assert_same_bits(trained(WIDE[name]), trained(ga.Scale(1.0)))
 
@@ -274,8 +276,10 @@ def test_a_gradient_of_zeros_stays_zeros(name):
         ),
         (
             [ga.Scale(2.0), ga.Accumulate(3), ga.ClipByAGC(eps=0.1), ga.ClipByValue(1.0)],
-            "Chain(Scale(factor=2.0) -> Accumulate(steps=3) -> ClipByAGC(eps=0.1) -> "
-            "ClipByValue(max_value=1.0))",
+            (
+                "Chain(Scale(factor=2.0) -> Accumulate(steps=3) -> ClipByAGC(eps=0.1) -> "
+                "ClipByValue(max_value=1.0))"
+            ),
         ),
         ([ga.ClipByGlobalNorm(1.0)], "Chain(ClipByGlobalNorm(max_norm=1.0))"),
     ],
@@ -451,7 +455,7 @@ def test_the_optimizer_is_handed_slices(float64, name, where):
 
 
 @pytest.mark.parametrize("where", ["after", "before"])
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", ["ClipByGlobalNorm", "ClipByNorm", "ClipByAGC", "AGC on columns"])
 def test_an_embedding_trains_by_the_clipped_gradient(float64, name, where):
     """The table's rows move by what NumPy makes of the dense gradient, window or micro-batch."""
     source = compiled(table_of_words())
@@ -595,8 +599,9 @@ class OwnModel(tf_keras.Model):
         return self.out(self.up(inputs)) * tf.reduce_sum(self.gain)
 
 
-def einsum(equation, output_shape, **arguments):
-    return lambda x: layers.EinsumDense(equation, output_shape, **arguments)(x)
+def self_attention(*arguments, **keywords):
+    layer = layers.MultiHeadAttention(*arguments, **keywords)
+    return lambda x: layer(x, x)
 
 
 def nested(x):
@@ -622,107 +627,97 @@ ATTENTION = {
     "attention_output/bias": (0,),
 }
 
-#: By name: what makes the layer of its input, the shape of that, and by the end of a weight's
-#: path the axes over which its units' norms are taken.
+#: By equation: the shape of the output, the axes of the bias, the shape of the input, and the
+#: axes of the kernel that are contracted. A bias of any rank is one unit.
+EQUATIONS = {
+    "ab,bc->ac": ([3], "c", [4], (0,)),
+    "abc,cd->abd": ([None, 3], "d", [5, 4], (0,)),
+    "abc,cde->abde": ([None, 2, 3], "de", [5, 4], (0,)),
+    "abcd,cde->abe": ([None, 5], "e", [6, 2, 3], (0, 1)),
+    "abc,dc->abd": ([None, 3], "d", [5, 4], (1,)),
+    "abc,bcd->abd": ([5, 3], "bd", [5, 4], (1,)),
+    "abc,dbec->ade": ([2, 3], "de", [5, 4], (1, 3)),
+    "...x,xy->...y": ([3], "y", [5, 4], (0,)),
+    "...x,yx->...y": ([3], "y", [5, 4], (1,)),
+    "...xy,xzy->...z": ([3], "z", [5, 4], (0, 2)),
+    "ab...,bc->ac...": ([3, 5], "c", [4, 5], (0,)),
+}
+EINSUMS = {
+    f"EinsumDense {equation}": (
+        functools.partial(layers.EinsumDense, equation, output, bias_axes=bias),
+        shape,
+        {"/kernel": axes, "/bias": tuple(range(len(bias)))},
+    )
+    for equation, (output, bias, shape, axes) in EQUATIONS.items()
+}
+
+#: By name: what makes a layer, the shape of its input, and by the end of a weight's path the
+#: axes over which its units' norms are taken.
 LAYERS = {
-    "Dense": (lambda x: layers.Dense(3)(x), [4], biased(0)),
-    "Dense of sequences": (lambda x: layers.Dense(3)(x), [5, 4], biased(0)),
-    "own Dense": (lambda x: OwnDense(3)(x), [4], biased(0)),
-    "LSTM": (lambda x: layers.LSTM(3)(x), [5, 4], RECURRENT),
-    "GRU": (lambda x: layers.GRU(3)(x), [5, 4], GRU),
-    "GRU of one bias": (lambda x: layers.GRU(3, reset_after=False)(x), [5, 4], RECURRENT),
-    "SimpleRNN": (lambda x: layers.SimpleRNN(3)(x), [5, 4], RECURRENT),
+    "Dense": (lambda: layers.Dense(3), [4], biased(0)),
+    "Dense of sequences": (lambda: layers.Dense(3), [5, 4], biased(0)),
+    "own Dense": (lambda: OwnDense(3), [4], biased(0)),
+    "LSTM": (lambda: layers.LSTM(3), [5, 4], RECURRENT),
+    "GRU": (lambda: layers.GRU(3), [5, 4], GRU),
+    "GRU of one bias": (lambda: layers.GRU(3, reset_after=False), [5, 4], RECURRENT),
+    "SimpleRNN": (lambda: layers.SimpleRNN(3), [5, 4], RECURRENT),
     "stacked cells": (
-        lambda x: layers.RNN([layers.LSTMCell(3), layers.GRUCell(2, reset_after=False)])(x),
+        lambda: layers.RNN([layers.LSTMCell(3), layers.GRUCell(2, reset_after=False)]),
         [5, 4],
         RECURRENT,
     ),
-    "Conv1D": (lambda x: layers.Conv1D(3, 2)(x), [6, 4], biased(0, 1)),
-    "Conv2D": (lambda x: layers.Conv2D(3, (2, 5))(x), [6, 6, 4], biased(0, 1, 2)),
-    "Conv3D": (lambda x: layers.Conv3D(3, 2)(x), [4, 4, 4, 5], biased(0, 1, 2, 3)),
-    "Conv1D, grouped": (lambda x: layers.Conv1D(6, 3, groups=2)(x), [6, 4], biased(0, 1)),
-    "Conv2D, grouped": (lambda x: layers.Conv2D(6, 3, groups=3)(x), [6, 6, 6], biased(0, 1, 2)),
-    "Conv1DTranspose": (lambda x: layers.Conv1DTranspose(3, 2)(x), [6, 4], biased(0, 2)),
-    "Conv2DTranspose": (lambda x: layers.Conv2DTranspose(3, 2)(x), [6, 6, 4], biased(0, 1, 3)),
-    "own Conv2DTranspose": (lambda x: OwnTranspose(3, 2)(x), [6, 6, 4], biased(0, 1, 3)),
-    "Conv3DTranspose": (
-        lambda x: layers.Conv3DTranspose(3, 2)(x),
-        [4, 4, 4, 5],
-        biased(0, 1, 2, 4),
-    ),
+    "Conv1D": (lambda: layers.Conv1D(3, 2), [6, 4], biased(0, 1)),
+    "Conv2D": (lambda: layers.Conv2D(3, (2, 5)), [6, 6, 4], biased(0, 1, 2)),
+    "Conv3D": (lambda: layers.Conv3D(3, 2), [4, 4, 4, 5], biased(0, 1, 2, 3)),
+    "Conv1D, grouped": (lambda: layers.Conv1D(6, 3, groups=2), [6, 4], biased(0, 1)),
+    "Conv2D, grouped": (lambda: layers.Conv2D(6, 3, groups=3), [6, 6, 6], biased(0, 1, 2)),
+    "Conv1DTranspose": (lambda: layers.Conv1DTranspose(3, 2), [6, 4], biased(0, 2)),
+    "Conv2DTranspose": (lambda: layers.Conv2DTranspose(3, 2), [6, 6, 4], biased(0, 1, 3)),
+    "own Conv2DTranspose": (lambda: OwnTranspose(3, 2), [6, 6, 4], biased(0, 1, 3)),
+    "Conv3DTranspose": (lambda: layers.Conv3DTranspose(3, 2), [4, 4, 4, 5], biased(0, 1, 2, 4)),
     "DepthwiseConv1D": (
-        lambda x: layers.DepthwiseConv1D(3, depth_multiplier=2)(x),
+        lambda: layers.DepthwiseConv1D(3, depth_multiplier=2),
         [6, 4],
         {"/depthwise_kernel": (0,), "/bias": (0,)},
     ),
     "DepthwiseConv2D": (
-        lambda x: layers.DepthwiseConv2D(3, depth_multiplier=2)(x),
+        lambda: layers.DepthwiseConv2D(3, depth_multiplier=2),
         [6, 6, 4],
         {"/depthwise_kernel": (0, 1), "/bias": (0,)},
     ),
     "SeparableConv1D": (
-        lambda x: layers.SeparableConv1D(5, 3, depth_multiplier=2)(x),
+        lambda: layers.SeparableConv1D(5, 3, depth_multiplier=2),
         [6, 4],
         SEPARABLE_1D,
     ),
     "SeparableConv2D": (
-        lambda x: layers.SeparableConv2D(5, 3, depth_multiplier=2)(x),
+        lambda: layers.SeparableConv2D(5, 3, depth_multiplier=2),
         [6, 6, 4],
         {"/depthwise_kernel": (0, 1), "/pointwise_kernel": (0, 1, 2), "/bias": (0,)},
     ),
-    "MultiHeadAttention": (
-        lambda x: layers.MultiHeadAttention(2, 3, value_dim=5)(x, x),
-        [6, 4],
-        ATTENTION,
-    ),
+    "MultiHeadAttention": (lambda: self_attention(2, 3, value_dim=5), [6, 4], ATTENTION),
     "MultiHeadAttention over two axes": (
-        lambda x: layers.MultiHeadAttention(3, 2, attention_axes=(1, 2), output_shape=[7])(x, x),
+        lambda: self_attention(3, 2, attention_axes=(1, 2), output_shape=[7]),
         [3, 2, 4],
         ATTENTION,
     ),
-    "EinsumDense ab,bc->ac": (einsum("ab,bc->ac", [3]), [4], {"/kernel": (0,)}),
-    "EinsumDense abc,cd->abd": (
-        einsum("abc,cd->abd", [None, 3], bias_axes="d"),
-        [5, 4],
-        biased(0),
-    ),
-    "EinsumDense abc,cde->abde": (
-        einsum("abc,cde->abde", [None, 2, 3], bias_axes="de"),
-        [5, 4],
-        {"/kernel": (0,), "/bias": (0, 1)},
-    ),
-    "EinsumDense abcd,cde->abe": (
-        einsum("abcd,cde->abe", [None, 5], bias_axes="e"),
-        [6, 2, 3],
-        biased(0, 1),
-    ),
-    "EinsumDense abc,dc->abd": (einsum("abc,dc->abd", [None, 3]), [5, 4], {"/kernel": (1,)}),
-    "EinsumDense abc,bcd->abd": (einsum("abc,bcd->abd", [5, 3]), [5, 4], {"/kernel": (1,)}),
-    "EinsumDense abc,dbec->ade": (einsum("abc,dbec->ade", [2, 3]), [5, 4], {"/kernel": (1, 3)}),
-    "EinsumDense ...x,xy->...y": (
-        einsum("...x,xy->...y", [3], bias_axes="y"),
-        [5, 4],
-        biased(0),
-    ),
-    "EinsumDense ...x,yx->...y": (einsum("...x,yx->...y", [3]), [5, 4], {"/kernel": (1,)}),
-    "EinsumDense ...xy,xzy->...z": (einsum("...xy,xzy->...z", [3]), [5, 4], {"/kernel": (0, 2)}),
-    "EinsumDense ab...,bc->ac...": (einsum("ab...,bc->ac...", [3, 5]), [4, 5], {"/kernel": (0,)}),
-    "Embedding": (lambda x: layers.Embedding(9, 3)(x), [5], {"/embeddings": (1,)}),
-    "BatchNormalization": (lambda x: layers.BatchNormalization()(x), [4], VECTORS),
-    "LayerNormalization": (lambda x: layers.LayerNormalization()(x), [4], VECTORS),
-    "unknown, rank 0": (lambda x: Weighted([])(x), [4], {"/weight": ()}),
-    "unknown, rank 1": (lambda x: Weighted([6])(x), [4], {"/weight": (0,)}),
-    "unknown, rank 2": (lambda x: Weighted([3, 4])(x), [4], {"/weight": (0,)}),
-    "unknown, rank 3": (lambda x: Weighted([3, 4, 5])(x), [4], {"/weight": (0,)}),
-    "unknown, rank 4": (lambda x: Weighted([3, 4, 5, 2])(x), [4], {"/weight": (0, 1, 2)}),
-    "unknown, rank 5": (lambda x: Weighted([3, 2, 4, 2, 3])(x), [4], {"/weight": (0, 1, 2, 3)}),
+    **EINSUMS,
+    "Embedding": (lambda: layers.Embedding(9, 3), [5], {"/embeddings": (1,)}),
+    "BatchNormalization": (layers.BatchNormalization, [4], VECTORS),
+    "LayerNormalization": (layers.LayerNormalization, [4], VECTORS),
+    "unknown, rank 0": (lambda: Weighted([]), [4], {"/weight": ()}),
+    "unknown, rank 1": (lambda: Weighted([6]), [4], {"/weight": (0,)}),
+    "unknown, rank 2": (lambda: Weighted([3, 4]), [4], {"/weight": (0,)}),
+    "unknown, rank 3": (lambda: Weighted([3, 4, 5]), [4], {"/weight": (0,)}),
+    "unknown, rank 4": (lambda: Weighted([3, 4, 5, 2]), [4], {"/weight": (0, 1, 2)}),
+    "unknown, rank 5": (lambda: Weighted([3, 2, 4, 2, 3]), [4], {"/weight": (0, 1, 2, 3)}),
     "unknown, though it says kernel": (
-        lambda x: Weighted([3, 4, 5], "kernel")(x),
+        lambda: Weighted([3, 4, 5], "kernel"),
         [4],
         {"/kernel": (0,)},
     ),
     "own layer of known ones": (
-        lambda x: Block()(x),
+        Block,
         [6, 4],
         {
             "conv1d_transpose/kernel": (0, 2),
@@ -732,25 +727,21 @@ LAYERS = {
             "/bias": (0,),
         },
     ),
-    "TimeDistributed Dense": (
-        lambda x: layers.TimeDistributed(layers.Dense(3))(x),
-        [5, 4],
-        biased(0),
-    ),
+    "TimeDistributed Dense": (lambda: layers.TimeDistributed(layers.Dense(3)), [5, 4], biased(0)),
     "TimeDistributed Conv2DTranspose": (
-        lambda x: layers.TimeDistributed(layers.Conv2DTranspose(3, 2))(x),
+        lambda: layers.TimeDistributed(layers.Conv2DTranspose(3, 2)),
         [2, 6, 6, 4],
         biased(0, 1, 3),
     ),
     "TimeDistributed model": (
-        lambda x: layers.TimeDistributed(sequential(layers.Conv1DTranspose(3, 2), shape=[6, 4]))(x),
+        lambda: layers.TimeDistributed(sequential(layers.Conv1DTranspose(3, 2), shape=[6, 4])),
         [2, 6, 4],
         biased(0, 2),
     ),
-    "Bidirectional LSTM": (lambda x: layers.Bidirectional(layers.LSTM(3))(x), [5, 4], RECURRENT),
-    "Bidirectional GRU": (lambda x: layers.Bidirectional(layers.GRU(3))(x), [5, 4], GRU),
+    "Bidirectional LSTM": (lambda: layers.Bidirectional(layers.LSTM(3)), [5, 4], RECURRENT),
+    "Bidirectional GRU": (lambda: layers.Bidirectional(layers.GRU(3)), [5, 4], GRU),
     "nested models": (
-        nested,
+        lambda: nested,
         [6, 4],
         {
             "conv1d_transpose/kernel": (0, 2),
@@ -761,7 +752,7 @@ LAYERS = {
         },
     ),
     "subclassed model": (
-        lambda x: OwnModel()(x),
+        OwnModel,
         [6, 4],
         {
             "conv1d_transpose/kernel": (0, 2),
@@ -775,7 +766,7 @@ LAYERS = {
 
 def model_of(make, shape):
     inputs = tf_keras.Input(shape)
-    return randomise(tf_keras.Model(inputs, make(inputs)))
+    return randomise(tf_keras.Model(inputs, make()(inputs)))
 
 
 def axes_of(variables, by_suffix):
@@ -1247,8 +1238,11 @@ def test_exclude_and_axes_hold_in_training(float64):
     assert_close(train(model, micro_batches()), expected)
 
 
-KNOWN = "head, head/bias, head/bias:0, head/kernel, head/kernel:0, hidden, hidden/bias, " \
-    "hidden/bias:0, hidden/kernel, hidden/kernel:0"  # fmt: skip
+KNOWN = ", ".join(
+    f"{layer}{weight}"
+    for layer in ("head", "hidden")
+    for weight in ("", "/bias", "/bias:0", "/kernel", "/kernel:0")
+)
 NAMES = "names or globs of this model's layers or variables"
 
 REFUSED = [
@@ -1259,8 +1253,10 @@ REFUSED = [
     ),
     (
         {"exclude": "hidden/kernel:1"},
-        f"ClipByAGC.exclude must be {NAMES}; got 'hidden/kernel:1'. Did you mean "
-        "'hidden/kernel:0'?",
+        (
+            f"ClipByAGC.exclude must be {NAMES}; got 'hidden/kernel:1'. Did you mean "
+            "'hidden/kernel:0'?"
+        ),
     ),
     (
         {"exclude": "HEAD"},
@@ -1274,18 +1270,24 @@ REFUSED = [
     ({"axes": {"zz*": (1,)}}, f"ClipByAGC.axes must be {NAMES}; got 'zz*'. Known: {KNOWN}."),
     (
         {"axes": {"hidden/kernel": (2,)}},
-        "ClipByAGC.axes['hidden/kernel'] must be axes of hidden/kernel:0, which has 2; got (2,). "
-        "Count them from 0.",
+        (
+            "ClipByAGC.axes['hidden/kernel'] must be axes of hidden/kernel:0, which has 2; got (2,). "
+            "Count them from 0."
+        ),
     ),
     (
         {"axes": {"hidden/kernel": (0, -3)}},
-        "ClipByAGC.axes['hidden/kernel'] must be axes of hidden/kernel:0, which has 2; "
-        "got (0, -3). Count them from 0.",
+        (
+            "ClipByAGC.axes['hidden/kernel'] must be axes of hidden/kernel:0, which has 2; "
+            "got (0, -3). Count them from 0."
+        ),
     ),
     (
         {"axes": {"head": (1,)}},
-        "ClipByAGC.axes['head'] must be axes of head/bias:0, which has 1; got (1,). "
-        "Count them from 0.",
+        (
+            "ClipByAGC.axes['head'] must be axes of head/bias:0, which has 1; got (1,). "
+            "Count them from 0."
+        ),
     ),
 ]
 
