@@ -77,8 +77,10 @@ class Chain:
         _check_order(transforms)  # type: ignore[arg-type]
         object.__setattr__(self, "_transforms", transforms)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: object = None) -> None:
         raise AttributeError("a Chain cannot be changed; make another")
+
+    __delattr__ = __setattr__  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Chain, self._transforms)
@@ -162,11 +164,10 @@ def _check_order(transforms: tuple[Transform, ...]) -> None:
     seen: list[Transform] = []
     for spec in transforms:
         name = type(spec).__name__
-        earlier = [type(other).__name__ for other in seen]
-        if not spec.repeatable and name in earlier:
+        twin = next((other for other in seen if type(other) is type(spec)), None)
+        if twin is not None and not spec.repeatable:
             raise ValueError(
-                f"Chain must hold at most one {name}; got two: {transforms[earlier.index(name)]} "
-                f"and {spec}. Keep one."
+                f"Chain must hold at most one {name}; got two: {twin} and {spec}. Keep one."
             )
         others = [type(other).__name__ for other in seen if other.role != "rewrite"]
         if spec.role == "rewrite" and others:
@@ -185,8 +186,9 @@ def _check_order(transforms: tuple[Transform, ...]) -> None:
 def _spec_to_config(spec: Transform) -> dict[str, Any]:
     config: dict[str, Any] = {"kind": _kind(type(spec)), "version": spec.version}
     for field in attrs.fields(type(spec)):
-        encode = field.metadata.get("encode", _encode)
-        config[field.name] = encode(getattr(spec, field.name))
+        if field.init:
+            encode = field.metadata.get("encode", _encode)
+            config[field.name] = encode(getattr(spec, field.name))
     return config
 
 
@@ -203,7 +205,7 @@ def _spec_from_config(config: Any) -> Transform:
             remedy += " A transform of your own must be registered before it is loaded."
         raise wrong_value("Chain.from_config kind", "a registered transform", kind, remedy)
     _check_version(kind, version, spec_class.version)
-    fields = {field.name: field for field in attrs.fields(spec_class)}
+    fields = {field.name: field for field in attrs.fields(spec_class) if field.init}
     for name in values:
         if name not in fields:
             raise ValueError(
@@ -214,17 +216,22 @@ def _spec_from_config(config: Any) -> Transform:
             raise ValueError(f"{kind}.{name} must be given; got nothing. Add it to the config.")
     return spec_class(
         **{
-            name: fields[name].metadata.get("decode", lambda same: same)(value)
+            fields[name].alias: fields[name].metadata.get("decode", _decode)(value)
             for name, value in values.items()
         }
     )
 
 
+def _decode(value: Any) -> Any:
+    """A field's value from JSON's types: its lists were tuples."""
+    return tuple(map(_decode, value)) if isinstance(value, list) else value
+
+
 def _check_version(owner: str, version: object, newest: int) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= newest:
+        remedy = "Pass what Chain.to_config returned."
+        if isinstance(version, int) and version > newest:
+            remedy = "Load it with the later ga_transform that wrote it."
         raise wrong_value(
-            f"{owner} config version",
-            f"an int from 1 to {newest}",
-            version,
-            "A file of a later ga_transform needs that version to load.",
+            f"{owner} config version", f"an int from 1 to {newest}", version, remedy
         )

@@ -81,6 +81,10 @@ def make_accumulating(
         "make_accumulating", accum_steps, micro_batch_size, agc, precision, batch_norm,
         transforms, remainder, whole_batch_loss,
     )  # fmt: skip
+    if not isinstance(inplace, bool):
+        raise wrong_type(
+            "make_accumulating.inplace", "True or False", inplace, "The default is False."
+        )
     return _convert("make_accumulating.model", model, chain, inplace)
 
 
@@ -131,10 +135,19 @@ def accumulating(
     )  # fmt: skip
 
     def decorate(build: Builder) -> Builder:
+        if not callable(build) or isinstance(build, tf_keras.Model):
+            raise wrong_type(
+                "accumulating",
+                "put above a function that returns a model",
+                build,
+                "Pass a model to make_accumulating(model, ..., inplace=True).",
+            )
+        name = getattr(build, "__name__", "the builder")
+
         @functools.wraps(build)
         def build_accumulating(*args: Any, **kwargs: Any) -> Any:
             model = build(*args, **kwargs)
-            return _convert(f"The model of {build.__name__}", model, chain, inplace=True)
+            return _convert(f"The model of {name}", model, chain, inplace=True)
 
         return build_accumulating  # type: ignore[return-value]
 
@@ -230,7 +243,7 @@ def _chain_of(
             None if batch_norm is None else _spec(BatchNorm, batch_norm),
             None if micro_batch_size is None else Split(micro_batch_size, whole_batch_loss),
             None if accum_steps is None else Accumulate(accum_steps, remainder=remainder),
-            None if agc is None or agc is False else _spec(ClipByAGC, agc),
+            ClipByAGC() if agc is True else None if agc is None or agc is False else _spec(ClipByAGC, agc),
         ]
         chain = Chain(*[spec for spec in specs if spec is not None])
     if not len(chain):
@@ -241,10 +254,8 @@ def _chain_of(
 
 
 def _spec(spec_class: type[Transform], value: Any) -> Transform:
-    """A shorthand's value as a spec: the spec itself, True for the defaults, or its first field."""
-    if isinstance(value, spec_class):
-        return value
-    return spec_class() if value is True else spec_class(value)  # type: ignore[call-arg]
+    """A shorthand's value as a spec: the spec itself, or its first field."""
+    return value if isinstance(value, spec_class) else spec_class(value)  # type: ignore[call-arg]
 
 
 # ---- from a model to one that accumulates ----------------------------------------------------
@@ -293,7 +304,7 @@ def _check_model(owner: str, model: Any) -> None:
 def _check_available(chain: Chain) -> None:
     """Refuse what the specs can say and this version does not do yet."""
     for spec in chain:
-        if isinstance(spec, (Split, Precision, BatchNorm)):
+        if spec.role != "stage" and not isinstance(spec, Accumulate):
             raise NotImplementedError(
                 f"{type(spec).__name__} cannot be carried out in this version; got {spec}. "
                 "Leave it out: Accumulate, Scale and the clips can be."

@@ -7,6 +7,7 @@ spec that exists is a spec that is right. This module does not import TensorFlow
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NoReturn, Union
@@ -57,16 +58,19 @@ def _owner(spec: object, field: attrs.Attribute[Any]) -> str:
 
 def _to_int(value: Any) -> Any:
     """NumPy integers become ints; whatever is no integer is left for the validator."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         return value
     return operator.index(value)
 
 
 def _to_float(value: Any) -> Any:
     """Ints and NumPy floats become floats; the rest is left for the validator."""
-    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond the range of floats
+        return value
 
 
 def _is_count(value: object) -> bool:
@@ -107,12 +111,13 @@ def _one_of(*choices: str) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
     rule = "one of " + ", ".join(repr(choice) for choice in choices)
 
     def check(spec: object, field: attrs.Attribute[Any], value: object) -> None:
+        remedy = f"The default is {field.default!r}."
+        if field.default is attrs.NOTHING:
+            remedy = f"For example {choices[0]!r}."
         if not isinstance(value, str):
-            raise wrong_type(_owner(spec, field), rule, value, f"The default is {field.default!r}.")
+            raise wrong_type(_owner(spec, field), rule, value, remedy)
         if value not in choices:
-            raise wrong_value(
-                _owner(spec, field), rule, value, f"The default is {field.default!r}."
-            )
+            raise wrong_value(_owner(spec, field), rule, value, remedy)
 
     return check
 
@@ -215,7 +220,8 @@ def _encode_weighting(value: Any) -> Any:
     # A function that is registered was registered with tf_keras, which is then loaded.
     import tf_keras
 
-    name = tf_keras.utils.get_registered_name(value)
+    # A callable object has no name to be registered under.
+    name = tf_keras.utils.get_registered_name(value) if hasattr(value, "__name__") else ""
     if tf_keras.utils.get_registered_object(name) is not value:
         raise ValueError(
             f"Accumulate.weighting must be registered to be saved; got {shown(value)}. "
@@ -277,7 +283,7 @@ class Transform:
             value = getattr(self, field.name)
             default = field.default
             if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-                default = default.factory()  # type: ignore[union-attr]
+                default = default.factory(self) if default.takes_self else default.factory()
             if default is attrs.NOTHING or value != default:
                 text = getattr(value, "__name__", None) if callable(value) else None
                 shown_fields.append(f"{field.name}={text or repr(value)}")

@@ -444,7 +444,7 @@ KIND_RULE = "Chain.from_config kind must be a registered transform; got "
 NEEDS_A_LIST = "Chain.from_config must be given a dict with a list of transforms; got "
 NEEDS_A_DICT = "Chain.from_config must be given one dict a transform; got "
 PASS_IT = "Pass what Chain.to_config returned."
-LATER = "A file of a later ga_transform needs that version to load."
+LATER = "Load it with the later ga_transform that wrote it."
 
 BROKEN_CONFIGS = [
     (None, TypeError, f"{NEEDS_A_LIST}None (NoneType). {PASS_IT}"),
@@ -881,7 +881,7 @@ def broken_configs(draw):
         container, key = draw(st.sampled_from(known))
         mutation = draw(st.sampled_from(["drop", "replace", "replace", "rename"]))
         if mutation == "replace":
-            container[key] = draw(json_values)
+            container[key] = copy.deepcopy(draw(json_values))
             continue
         value = container.pop(key)
         if mutation == "rename" and isinstance(container, dict):
