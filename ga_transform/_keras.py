@@ -27,8 +27,8 @@ __all__ = [
     "has_sum_losses",
     "is_keras_own",
     "optimizers_of",
-    "shared_by_replicas",
     "output_layers",
+    "shared_by_replicas",
     "unpack_x_y_sample_weight",
     "variable_key",
     "weight_losses",
@@ -59,7 +59,7 @@ def optimizers_of(model: Any) -> list[Any]:
 def variable_key(optimizer: Any, variable: tf.Variable) -> str:
     """The key under which an optimizer, new or legacy, keeps a variable's slots."""
     own = getattr(optimizer, "_var_key", None)
-    return legacy_variable_key(variable) if own is None else own(variable)
+    return str(legacy_variable_key(variable) if own is None else own(variable))
 
 
 def has_functional_init(model_class: type) -> bool:

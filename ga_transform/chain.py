@@ -80,7 +80,7 @@ class Chain:
     def __setattr__(self, name: str, value: object = None) -> None:
         raise AttributeError("a Chain cannot be changed; make another")
 
-    __delattr__ = __setattr__  # type: ignore[assignment]
+    __delattr__ = __setattr__
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Chain, self._transforms)
@@ -208,9 +208,7 @@ def _spec_from_config(config: Any) -> Transform:
     fields = {field.name: field for field in attrs.fields(spec_class) if field.init}
     for name in values:
         if name not in fields:
-            raise ValueError(
-                f"{kind} has no field {shown(name)}. {did_you_mean(name, fields)}"
-            )
+            raise ValueError(f"{kind} has no field {shown(name)}. {did_you_mean(name, fields)}")
     for name, field in fields.items():
         if name not in values and field.default is attrs.NOTHING:
             raise ValueError(f"{kind}.{name} must be given; got nothing. Add it to the config.")
@@ -232,6 +230,4 @@ def _check_version(owner: str, version: object, newest: int) -> None:
         remedy = "Pass what Chain.to_config returned."
         if isinstance(version, int) and version > newest:
             remedy = "Load it with the later ga_transform that wrote it."
-        raise wrong_value(
-            f"{owner} config version", f"an int from 1 to {newest}", version, remedy
-        )
+        raise wrong_value(f"{owner} config version", f"an int from 1 to {newest}", version, remedy)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -22,7 +21,7 @@ __all__ = ["clone_with_state"]
 _REMEDY = "Pass inplace=True: it copies nothing."
 
 
-def clone_with_state(model: Any, plain_class: type) -> Any:
+def clone_with_state(model: Any, plain_class: Any) -> Any:
     """A plain model of `plain_class` with layers, weights and training state of its own.
 
     Args:
@@ -48,7 +47,7 @@ def clone_with_state(model: Any, plain_class: type) -> Any:
 # ---- layers and weights --------------------------------------------------------------------
 
 
-def _clone_layers(model: Any, plain_class: type) -> Any:
+def _clone_layers(model: Any, plain_class: Any) -> Any:
     """The model's layers, fresh, in a model of `plain_class`."""
     if issubclass(plain_class, _keras.Functional) and _keras.has_functional_init(plain_class):
         copy = tf_keras.models.clone_model(model, clone_function=_clone_layer)
@@ -60,7 +59,7 @@ def _clone_layers(model: Any, plain_class: type) -> Any:
             f"A model must define get_config to be copied; got "
             f"{plain_class.__name__} {model.name!r} without one. {_REMEDY}"
         )
-    return plain_class.from_config(plain_class.get_config(model))  # type: ignore[attr-defined]
+    return plain_class.from_config(plain_class.get_config(model))
 
 
 def _clone_layer(layer: Any) -> Any:
@@ -107,7 +106,9 @@ def _copy_layer_state(model: Any, copy: Any) -> None:
         raise _not_copied(model, "its layers come out of their configs in another structure")
     for layer, own in zip(layers, copies):
         if len(layer._callable_losses) != len(own._callable_losses):
-            raise _not_copied(model, f"a function passed to add_loss of {layer.name!r} is in no config")
+            raise _not_copied(
+                model, f"a function passed to add_loss of {layer.name!r} is in no config"
+            )
     for layer, own in zip(layers, copies):
         own.trainable = layer.trainable  # parents first, so that each layer has the last word
     if not model.built:
@@ -134,15 +135,15 @@ def _not_copied(model: Any, reason: str) -> ValueError:
 def _unregistered_objects(model: Any) -> dict[str, Any]:
     """The functions and classes that configs of this model may name, by that name."""
     owners = [*_keras.flatten_layers(model), *_keras.optimizers_of(model)]
-    owners += [opt.inner_optimizer for opt in owners if hasattr(opt, "inner_optimizer")]
-    found: dict[str, Any] = {}
-    for owner in owners:
-        for value in [owner, *vars(owner).values()]:
-            target = value if inspect.isfunction(value) else type(value)
-            if inspect.isfunction(value) or hasattr(value, "get_config"):
-                if not _is_known(target):
-                    found[tf_keras.utils.get_registered_name(target)] = target
-    return found
+    owners += [owner.inner_optimizer for owner in owners if hasattr(owner, "inner_optimizer")]
+    values = [value for owner in owners for value in (owner, *vars(owner).values())]
+    functions = [value for value in values if inspect.isfunction(value)]
+    classes = [type(value) for value in values if hasattr(value, "get_config")]
+    return {
+        tf_keras.utils.get_registered_name(own): own
+        for own in (*functions, *classes)
+        if not _is_known(own)
+    }
 
 
 # ---- compile -------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from typing import Any, Optional, TypeVar, Union
 
 import tf_keras
 
-from ga_transform import _keras
-from ga_transform import saving as saving  # converted models can be saved from here on
+from ga_transform import (
+    _keras,
+    saving,  # noqa: F401  (converted models can be saved from here on)
+)
 from ga_transform.chain import Chain
 from ga_transform.cloning import clone_with_state
 from ga_transform.errors import InexactWarning, shown, wrong_type
@@ -232,7 +234,10 @@ def _chain_of(
             )  # fmt: skip
         chain = Chain(*transforms)
     else:
-        for name, needed in (("remainder", "accum_steps"), ("whole_batch_loss", "micro_batch_size")):
+        for name, needed in (
+            ("remainder", "accum_steps"),
+            ("whole_batch_loss", "micro_batch_size"),
+        ):
             if name in given and needed not in given:
                 raise ValueError(
                     f"{owner}.{name} must come with {needed}; got {name}={shorthands[name]!r} "
@@ -243,7 +248,11 @@ def _chain_of(
             None if batch_norm is None else _spec(BatchNorm, batch_norm),
             None if micro_batch_size is None else Split(micro_batch_size, whole_batch_loss),
             None if accum_steps is None else Accumulate(accum_steps, remainder=remainder),
-            ClipByAGC() if agc is True else None if agc is None or agc is False else _spec(ClipByAGC, agc),
+            ClipByAGC()
+            if agc is True
+            else None
+            if agc is None or agc is False
+            else _spec(ClipByAGC, agc),
         ]
         chain = Chain(*[spec for spec in specs if spec is not None])
     if not len(chain):

@@ -11,7 +11,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import tensorflow as tf
 
@@ -28,6 +28,9 @@ from ga_transform.weighting import (
     record_losses,
 )
 from ga_transform.windows import Windows
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["MicroStep", "current_step", "release_optimizers"]
 
@@ -68,7 +71,7 @@ class MicroStep:
         self._loss_weight: Optional[tf.Tensor] = None
         self._held: Optional[_Held] = None
 
-    def __enter__(self) -> MicroStep:
+    def __enter__(self) -> Self:
         for optimizer in _keras.optimizers_of(self.model):
             self._windows.open(optimizer)
             _divert(optimizer)
@@ -141,7 +144,7 @@ class MicroStep:
         held, self._held = self._held, None
         held.add(held.shares)
 
-    @tf.autograph.experimental.do_not_convert
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def hand_over(
         self, optimizer: Any, grads_and_vars: Iterable[Any], args: Any, kwargs: Any
     ) -> tf.Variable:

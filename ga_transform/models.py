@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,12 +24,17 @@ __all__ = [
 class AccumulatingModel(Accumulating):
     """A converted model of any class: `isinstance(model, AccumulatingModel)` tells one."""
 
+    #: Of the base, which stands behind the mixin.
+    name: str
+
     def get_config(self) -> dict[str, Any]:
+        """The config of the base, with the chain."""
         config = super().get_config()  # type: ignore[misc]
         return {**config, "transforms": self.transforms.to_config()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
+        """A converted model from a config that `get_config` gave."""
         rest = dict(config)
         chain = Chain.from_config(rest.pop("transforms", None))
         model = super().from_config(rest, custom_objects)  # type: ignore[misc]
@@ -78,10 +82,16 @@ def _set_chain(model: Any, chain: Chain) -> None:
     object.__setattr__(model, "_chain", chain)
 
 
-@functools.lru_cache(maxsize=None)
+#: The converted class of each plain one.
+_CLASSES: dict[type, type] = {
+    _keras.Functional: AccumulatingFunctional,
+    _keras.Sequential: AccumulatingSequential,
+}
+
+
 def _accumulating_class(base: type) -> type:
-    for own in (AccumulatingFunctional, AccumulatingSequential):
-        if own.__bases__[1] is base:
-            return own
-    namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
-    return type(f"Accumulating{base.__name__}", (AccumulatingModel, base), namespace)
+    if base not in _CLASSES:
+        namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
+        name = f"Accumulating{base.__name__}"
+        _CLASSES[base] = type(name, (AccumulatingModel, base), namespace)
+    return _CLASSES[base]

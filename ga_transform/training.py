@@ -146,6 +146,7 @@ class Accumulating:
 
     @functools.wraps(_keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `fit`, with partial windows settled at the end of each epoch."""
         own_fit = super().fit  # type: ignore[misc]
         accumulate = self._chain.find(Accumulate)
         if accumulate is None or accumulate.remainder == "carry":

@@ -11,14 +11,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 from tf_keras.losses import Reduction
 
 from ga_transform import _keras
 
-__all__ = ["MEAN", "SUM", "LossTerm", "count_rows", "disagreeing", "record_losses", "stop_recording"]
+__all__ = [
+    "MEAN",
+    "SUM",
+    "LossTerm",
+    "count_rows",
+    "disagreeing",
+    "record_losses",
+    "stop_recording",
+]
 
 #: A mean over elements: micro-batches are weighted by their counts, and divided by their sum.
 MEAN = "mean"
@@ -68,10 +76,11 @@ def stop_recording(container: Any) -> None:
         container.__class__ = _keras.LossesContainer
 
 
-class _RecordedLosses(_keras.LossesContainer):
+class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
     """A compiled loss that tells its terms to whoever listens."""
 
-    _terms: list[LossTerm] | None = None
+    _terms: Optional[list[LossTerm]] = None
+    _losses: Any
 
     def __call__(
         self,
@@ -147,9 +156,7 @@ class _RecordedLoss:
         return elements, present[0] if len(present) == 1 else present[0] & present[1]
 
 
-def _count(
-    elements: tf.Tensor, mask: tf.Tensor | None, y_true: Any
-) -> tuple[tf.Tensor, Hashable]:
+def _count(elements: tf.Tensor, mask: tf.Tensor | None, y_true: Any) -> tuple[tf.Tensor, Hashable]:
     if isinstance(elements, tf.RaggedTensor):
         return _float64(tf.size(elements.flat_values)), None
     if elements.shape.rank == 0:

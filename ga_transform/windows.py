@@ -52,7 +52,7 @@ class Windows(AutoTrackable):  # type: ignore[misc]
 
     def of(self, optimizer: Any) -> Window:
         """The window of an optimizer."""
-        return self._windows[id(optimizer)]
+        return self._windows[id(optimizer)]  # type: ignore[no-any-return]
 
     def update_of(self, optimizer: Any, args: Any, kwargs: Any) -> Update:
         """How an optimizer makes an update: through the stages, then by itself.

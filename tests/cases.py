@@ -50,7 +50,11 @@ def dense():
     return Case(
         model,
         {"loss": "mse"},
-        lambda rng, rows: (rng.normal(size=[rows, 5]), rng.normal(size=[rows, 2]), rng.random(rows)),
+        lambda rng, rows: (
+            rng.normal(size=[rows, 5]),
+            rng.normal(size=[rows, 2]),
+            rng.random(rows),
+        ),
     )
 
 
@@ -170,7 +174,9 @@ OPTIONS = {
     "clipvalue": lambda: optimizers.SGD(0.5, clipvalue=0.01),
     "legacy clipnorm": lambda: legacy.SGD(0.5, clipnorm=0.05),
     "schedule": lambda: optimizers.Adam(optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)),
-    "legacy schedule": lambda: legacy.Adam(optimizers.schedules.PiecewiseConstantDecay([2], [0.1, 0.01])),
+    "legacy schedule": lambda: legacy.Adam(
+        optimizers.schedules.PiecewiseConstantDecay([2], [0.1, 0.01])
+    ),
     "loss scale": lambda: tf_keras.mixed_precision.LossScaleOptimizer(optimizers.Adam(0.02)),
 }
 
@@ -193,7 +199,10 @@ def dataset(batches):
     batches = list(batches)
 
     def spec(*parts):
-        dims = [None if len({p.shape[i] for p in parts}) > 1 else parts[0].shape[i] for i in range(parts[0].ndim)]
+        dims = [
+            None if len({p.shape[i] for p in parts}) > 1 else parts[0].shape[i]
+            for i in range(parts[0].ndim)
+        ]
         return tf.TensorSpec([None, *dims[1:]], parts[0].dtype)
 
     signature = tf.nest.map_structure(spec, *batches)
@@ -229,5 +238,9 @@ def assert_law(case, optimizer, windows, tolerance, epochs=2, transforms=None, *
     model.fit(dataset(sum(batches, [])), epochs=epochs, verbose=0)
     case.model.fit(dataset(map(concatenate, batches)), epochs=epochs, verbose=0)
     assert_same_weights(model, case.model, start, tolerance)
-    assert int(model.optimizer.iterations) == int(case.model.optimizer.iterations) == epochs * len(windows)
+    assert (
+        int(model.optimizer.iterations)
+        == int(case.model.optimizer.iterations)
+        == epochs * len(windows)
+    )
     return model

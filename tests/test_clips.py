@@ -551,10 +551,6 @@ def test_agcs_defaults_are_the_papers():
 # ---- AGC: units by layer -------------------------------------------------------------------------
 
 
-#: Spares each `call` its conversion, which takes seconds in some versions.
-as_written = tf.autograph.experimental.do_not_convert
-
-
 class Weighted(layers.Layer):
     """A layer the library does not know, with a weight of any shape."""
 
@@ -566,7 +562,6 @@ class Weighted(layers.Layer):
         weight = self.add_weight(name=self._weight_name, shape=self._weight_shape)
         setattr(self, self._weight_name, weight)
 
-    @as_written
     def call(self, inputs):
         return inputs
 
@@ -579,7 +574,6 @@ class Block(layers.Layer):
         self.up = layers.Conv1DTranspose(3, 2)
         self.rest = [layers.Dense(5), {"last": layers.SeparableConv1D(6, 2)}]
 
-    @as_written
     def call(self, inputs):
         return self.rest[1]["last"](self.rest[0](self.up(inputs)))
 
@@ -601,7 +595,6 @@ class OwnModel(tf_keras.Model):
         self.out = layers.Dense(2)
         self.gain = tf.Variable(tf.ones([3, 4, 2, 2], tf_keras.backend.floatx()), name="gain")
 
-    @as_written
     def call(self, inputs):
         return self.out(self.up(inputs)) * tf.reduce_sum(self.gain)
 
@@ -920,7 +913,6 @@ class Subclassed(tf_keras.Model):
         self.head = layers.Dense(2, name="head")
         self.activate = layers.Softmax()
 
-    @as_written
     def call(self, inputs):
         return self.activate(self.head(self.first(inputs)))
 
@@ -1143,9 +1135,11 @@ def test_a_model_that_ends_in_no_linear_layer_has_no_head():
 # ---- AGC: exclude and axes -----------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
 def named_layers():
-    """Two blocks, a nested model and a wrapper, all with names."""
-    return tf_keras.Sequential(
+    """Two blocks, a nested model and a wrapper, all with names, in float64."""
+    tf_keras.backend.set_floatx("float64")
+    model = tf_keras.Sequential(
         [
             tf_keras.Input([5, 4]),
             layers.Dense(4, name="block_1"),
@@ -1156,6 +1150,8 @@ def named_layers():
             layers.Dense(2, name="head"),
         ]
     )
+    tf_keras.backend.set_floatx("float32")
+    return randomise(model)
 
 
 def both(*names):
@@ -1183,10 +1179,10 @@ EXCLUDED = [
 
 
 @pytest.mark.parametrize(("exclude", "names"), EXCLUDED, ids=str)
-def test_what_exclude_names_is_left_out(exclude, names):
+def test_what_exclude_names_is_left_out(named_layers, exclude, names):
     """`exclude` takes layers' names, variables' paths, and globs of both, beside the head."""
     spec = ga.ClipByAGC(exclude=exclude)
-    assert untouched(spec, named_layers()) == {*names, "head/kernel"}
+    assert untouched(spec, named_layers) == {*names, "head/kernel"}
 
 
 #: Overrides, and by path the axes that result where they are not the layer's own.
@@ -1212,20 +1208,20 @@ OVERRIDES = [
 
 
 @pytest.mark.parametrize(("overrides", "changed"), OVERRIDES, ids=str)
-def test_axes_of_your_own_take_the_place_of_the_layers(float64, overrides, changed):
+def test_axes_of_your_own_take_the_place_of_the_layers(named_layers, overrides, changed):
     """`axes` says by path or glob over what a norm is taken; the last that fits counts."""
-    model = randomise(named_layers())
-    variables, gradients = model.trainable_variables, random_like(model.trainable_variables)
+    variables = named_layers.trainable_variables
+    gradients = random_like(variables)
     all_axes = [changed.get(name, (0,)) for name in names_of(variables)]
     expected = agc_of_all(gradients, variables, all_axes, 0.3)
     spec = ga.ClipByAGC(0.3, exclude_head=False, axes=overrides)
-    assert_close(agc(spec, model, gradients), expected)
+    assert_close(agc(spec, named_layers, gradients), expected)
 
 
-def test_what_is_excluded_stays_so_whatever_its_axes():
+def test_what_is_excluded_stays_so_whatever_its_axes(named_layers):
     """A variable named by both `exclude` and `axes` is not clipped; nor is the head's kernel."""
     spec = ga.ClipByAGC(exclude=["block_1/kernel"], axes={"*/kernel": ()})
-    assert untouched(spec, named_layers()) == {"block_1/kernel", "head/kernel"}
+    assert untouched(spec, named_layers) == {"block_1/kernel", "head/kernel"}
 
 
 def test_exclude_and_axes_hold_in_training(float64):

@@ -113,7 +113,9 @@ def test_the_compile_state_comes_along():
         assert own is not other
 
 
-@pytest.mark.parametrize("how", [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 5}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 5}], ids=str
+)
 def test_ways_to_run_come_along(how):
     """`run_eagerly`, `jit_compile` and `steps_per_execution` are carried over."""
     copy = ga.make_accumulating(small(optimizer="sgd", loss="mse", **how), 2)
@@ -192,7 +194,7 @@ def test_objects_that_were_never_registered():
     scale = 3.0
     inputs = tf_keras.Input([3])
     hidden = layers.Lambda(lambda z: z * scale)(inner(inputs))
-    hidden = layers.Dense(2, activation=lambda z: tf.sin(z))(hidden)
+    hidden = layers.Dense(2, activation=lambda z: 2 * tf.sin(z))(hidden)
     model = tf_keras.Model(inputs, layers.Dense(1)(tf.nn.relu(hidden) + 1.0))
     model.compile(tf_keras.optimizers.SGD(Halving()), loss, metrics=[Worst("worst")])
     copy = ga.make_accumulating(model, 2)
@@ -223,7 +225,9 @@ def test_what_cannot_be_copied_is_named():
     model = tf_keras.Sequential([tf_keras.Input([3]), hidden, layers.Dense(1)])
     model.add_loss(lambda: tf.reduce_sum(hidden.kernel**2))
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match=r"a function passed to add_loss.*inplace=True: it copies nothing\.$"):
+    with pytest.raises(
+        ValueError, match=r"a function passed to add_loss.*inplace=True: it copies nothing\.$"
+    ):
         ga.make_accumulating(model, 2)
     assert ga.make_accumulating(model, 2, inplace=True) is model
     model.fit(np.ones([4, 3]), np.ones([4, 1]), batch_size=1, verbose=0)
@@ -232,7 +236,9 @@ def test_what_cannot_be_copied_is_named():
 
 def test_batch_norm_is_named_in_a_warning():
     """What couples rows is outside the law, and said so by name."""
-    model = tf_keras.Sequential([tf_keras.Input([3]), layers.BatchNormalization(name="norm"), layers.Dense(1)])
+    model = tf_keras.Sequential(
+        [tf_keras.Input([3]), layers.BatchNormalization(name="norm"), layers.Dense(1)]
+    )
     with pytest.warns(ga.InexactWarning, match="layers: norm"):
         ga.make_accumulating(model, 2)
 
@@ -298,7 +304,9 @@ def test_stripping_gives_back_a_plain_model(float64, inplace):
     assert type(back) is kind is type(reference)
     assert (back is model) == inplace
     tf.nest.map_structure(np.testing.assert_array_equal, weights, back.get_weights())
-    tf.nest.map_structure(np.testing.assert_array_equal, slots, [v.numpy() for v in back.optimizer.variables])
+    tf.nest.map_structure(
+        np.testing.assert_array_equal, slots, [v.numpy() for v in back.optimizer.variables]
+    )
     assert "transforms" not in back.get_config()
     back.train_on_batch(*data)
     assert int(back.optimizer.iterations) == 2

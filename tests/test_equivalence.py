@@ -36,7 +36,13 @@ def test_in_float32(model):
 
 
 @pytest.mark.parametrize(
-    "how", [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 3}, {"steps_per_execution": 4}],
+    "how",
+    [
+        {"run_eagerly": True},
+        {"jit_compile": True},
+        {"steps_per_execution": 3},
+        {"steps_per_execution": 4},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("model", ["dense", "words"])

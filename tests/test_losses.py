@@ -104,7 +104,9 @@ def test_an_unmasked_mean_counts_elements(float64):
     model.compile(tf_keras.optimizers.SGD(0.1), loss)
     copy = ga.make_accumulating(model, accum_steps=2)
     rng = np.random.default_rng(0)
-    batches = [(rng.normal(size=[r, t, 3]), rng.normal(size=[r, t, 2])) for r, t in ((2, 5), (4, 1))]
+    batches = [
+        (rng.normal(size=[r, t, 3]), rng.normal(size=[r, t, 2])) for r, t in ((2, 5), (4, 1))
+    ]
     for batch in batches:
         copy.train_on_batch(*batch)
     # The mean over all 14 elements, and one step of SGD on it, in NumPy.
@@ -236,11 +238,11 @@ def test_clips_of_micro_batches_refuse_two_kinds_of_loss():
     """A clip before Accumulate has no one gradient to clip where sums stand beside means."""
     case = LOSSES["sum and mean"]()
     case.model.compile("sgd", **case.compile)
-    model = ga.make_accumulating(
-        case.model, transforms=[ga.ClipByNorm(1.0), ga.Accumulate(2)]
-    )
+    model = ga.make_accumulating(case.model, transforms=[ga.ClipByNorm(1.0), ga.Accumulate(2)])
     model.run_eagerly = True  # so that the error is not wrapped
-    with pytest.raises(ValueError, match="must have losses of one kind; got SUM losses beside means"):
+    with pytest.raises(
+        ValueError, match="must have losses of one kind; got SUM losses beside means"
+    ):
         model.train_on_batch(*case.batch(np.random.default_rng(0), 2))
 
 
@@ -257,9 +259,7 @@ def test_weighting_by_choice(float64, weighting):
     """The mean gradient is weighed by one each, or by what the function returns."""
     case = one_output("mse")
     case.model.compile(tf_keras.optimizers.SGD(1.0), "mse")
-    model = ga.make_accumulating(
-        case.model, transforms=[ga.Accumulate(2, weighting=weighting)]
-    )
+    model = ga.make_accumulating(case.model, transforms=[ga.Accumulate(2, weighting=weighting)])
     batches = cases.make_batches(case, [[3, 8]])[0]
     moves, counts = [], []
     for batch in batches:

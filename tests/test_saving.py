@@ -74,7 +74,7 @@ def test_a_fresh_process_loads_every_format(files, name, format_):
 def test_a_loaded_model_predicts_and_trains_on(files, name, format_):
     """Predictions are the same, and training goes on in windows."""
     folder, expected, _ = files
-    model, batches, predictions = expected[f"{name}/{FORMATS[format_]}"]
+    _, batches, predictions = expected[f"{name}/{FORMATS[format_]}"]
     loaded = tf_keras.models.load_model(folder / name / FORMATS[format_])
     assert loaded.transforms == CHAIN
     tf.nest.map_structure(
@@ -99,9 +99,7 @@ def test_weights_move_between_plain_and_converted(tmp_path):
         one.set_weights([w + 1 for w in one.get_weights()])
         one.save_weights(tmp_path / "w.weights.h5")
         other.load_weights(tmp_path / "w.weights.h5")
-        tf.nest.map_structure(
-            np.testing.assert_array_equal, one.get_weights(), other.get_weights()
-        )
+        tf.nest.map_structure(np.testing.assert_array_equal, one.get_weights(), other.get_weights())
 
 
 def test_checkpoints_keep_a_partial_window(tmp_path):
@@ -129,9 +127,7 @@ def test_a_weighting_function_must_be_registered_to_be_saved(tmp_path):
     """Any function trains; saving one that is not registered says what to do."""
     case = cases.dense()
     case.model.compile("sgd", "mse")
-    model = ga.make_accumulating(
-        case.model, transforms=[ga.Accumulate(2, weighting=count_rows)]
-    )
+    model = ga.make_accumulating(case.model, transforms=[ga.Accumulate(2, weighting=count_rows)])
     model.train_on_batch(*case.batch(np.random.default_rng(0), 4))
     with pytest.raises(ValueError, match="must be registered to be saved"):
         model.save(tmp_path / "model.keras")

@@ -111,7 +111,9 @@ def test_a_hundred_steps_are_traced_once():
 # ---- the end of an epoch -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("remainder", "expected"), [("flush", (0, 6)), ("carry", (2, 5)), ("drop", (0, 4))])
+@pytest.mark.parametrize(
+    ("remainder", "expected"), [("flush", (0, 6)), ("carry", (2, 5)), ("drop", (0, 4))]
+)
 def test_remainders(remainder, expected):
     """Of 11 batches in two epochs at 4 a window, a partial window is applied, kept or dropped."""
     model = converted(4, remainder=remainder)
@@ -130,11 +132,15 @@ def test_validation_and_callbacks_see_the_flushed_weights(float64):
         on_test_begin=lambda logs: seen.append(updates(copy)),
         on_epoch_end=lambda epoch, logs: seen.append(updates(copy)),
     )
-    ours = copy.fit(x, y, batch_size=1, validation_data=(x, y), shuffle=False, verbose=0, callbacks=[look])
+    ours = copy.fit(
+        x, y, batch_size=1, validation_data=(x, y), shuffle=False, verbose=0, callbacks=[look]
+    )
     assert seen == [2, 2]
     for part in (slice(0, 4), slice(4, 6)):
         model.train_on_batch(x[part], y[part])
-    np.testing.assert_allclose(ours.history["val_loss"][0], model.evaluate(x, y, verbose=0), rtol=1e-9)
+    np.testing.assert_allclose(
+        ours.history["val_loss"][0], model.evaluate(x, y, verbose=0), rtol=1e-9
+    )
 
 
 def test_evaluating_within_an_epoch_settles_nothing():
@@ -250,8 +256,12 @@ def test_callbacks_see_what_a_plain_model_shows(tmp_path, float64):
         callbacks = [
             tf_keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
             tf_keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=10.0),
-            tf_keras.callbacks.EarlyStopping("loss", patience=4, min_delta=10.0, restore_best_weights=True),
-            tf_keras.callbacks.ModelCheckpoint(str(folder / "best.weights.h5"), save_weights_only=True),
+            tf_keras.callbacks.EarlyStopping(
+                "loss", patience=4, min_delta=10.0, restore_best_weights=True
+            ),
+            tf_keras.callbacks.ModelCheckpoint(
+                str(folder / "best.weights.h5"), save_weights_only=True
+            ),
             tf_keras.callbacks.TensorBoard(str(folder / "board"), update_freq=1),
             tf_keras.callbacks.CSVLogger(str(folder / "log.csv")),
             tf_keras.callbacks.TerminateOnNaN(),
@@ -270,7 +280,9 @@ def test_callbacks_see_what_a_plain_model_shows(tmp_path, float64):
     assert list(ours) == list(theirs)
     for key in theirs:
         np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-7, err_msg=key)
-    assert {p.name for p in (tmp_path / "ours").iterdir()} == {p.name for p in (tmp_path / "plain").iterdir()}
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == {
+        p.name for p in (tmp_path / "plain").iterdir()
+    }
     header = [(tmp_path / f / "log.csv").read_text().splitlines()[0] for f in ("plain", "ours")]
     assert header[0] == header[1]
     model.load_weights(tmp_path / "ours" / "best.weights.h5")

@@ -14,7 +14,15 @@ from typing import Any, NamedTuple, Optional, Union
 import tensorflow as tf
 
 from ga_transform._keras import AutoTrackable
-from ga_transform.numerics import Gradient, added, as_dense, as_slices, map_values, values_of, widened
+from ga_transform.numerics import (
+    Gradient,
+    added,
+    as_dense,
+    as_slices,
+    map_values,
+    values_of,
+    widened,
+)
 from ga_transform.weighting import MEAN
 
 __all__ = ["Share", "Update", "Window"]
@@ -146,7 +154,9 @@ class Window(AutoTrackable):  # type: ignore[misc]
     def _steps_at(self, iterations: Any) -> tf.Tensor:
         if len(self._steps) == 1:
             return tf.constant(self._steps[0], tf.int64)
-        started = tf.cast(tf.cast(iterations, tf.int64) >= tf.constant(self._starts, tf.int64), tf.int32)
+        started = tf.cast(
+            tf.cast(iterations, tf.int64) >= tf.constant(self._starts, tf.int64), tf.int32
+        )
         return tf.gather(tf.constant(self._steps, tf.int64), tf.reduce_sum(started) - 1)
 
     def _open(self, share: Share) -> None:
@@ -298,6 +308,4 @@ def _finish(variables: Sequence[tf.Variable], totals: Sequence[Share], update: U
 def _divided(gradient: Gradient, weight: tf.Tensor) -> Gradient:
     # Where only another kind weighs anything, the sums of this one are zeros.
     divisor = tf.where(weight > 0, weight, tf.ones_like(weight))
-    return map_values(
-        lambda values: values / tf.cast(divisor, values.dtype), widened(gradient)
-    )
+    return map_values(lambda values: values / tf.cast(divisor, values.dtype), widened(gradient))

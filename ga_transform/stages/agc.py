@@ -64,9 +64,7 @@ def clip_by_agc(
     return clipped
 
 
-def _clip_units(
-    spec: ClipByAGC, gradient: Gradient, variable: tf.Variable, axes: Axes
-) -> Gradient:
+def _clip_units(spec: ClipByAGC, gradient: Gradient, variable: tf.Variable, axes: Axes) -> Gradient:
     """``G_i * limit / max(||G_i||, 1e-6)`` where ``||G_i|| > limit``, else ``G_i``."""
     if isinstance(gradient, tf.IndexedSlices):
         values = gradient.values
@@ -94,13 +92,12 @@ def unit_axes(spec: ClipByAGC, model: Any) -> dict[Any, Axes | None]:
     chosen: dict[Any, Axes | None] = {}
     for names, variable in _named_variables(model):
         reference = variable.ref()
-        axes: Axes | None = by_layer.get(reference, _axes_by_rank(variable))
-        for pattern, own_axes in spec.axes.items():
+        chosen[reference] = by_layer.get(reference, _axes_by_rank(variable))
+        for pattern, axes in spec.axes.items():
             if _matches(names, [pattern]):
-                axes = tuple(axis % variable.shape.rank for axis in own_axes)
+                chosen[reference] = tuple(axis % variable.shape.rank for axis in axes)
         if reference in head or _matches(names, spec.exclude):
-            axes = None
-        chosen[reference] = axes
+            chosen[reference] = None
     return chosen
 
 
@@ -158,7 +155,7 @@ def _axes_by_layer(layer: Any) -> Iterator[tuple[tf.Variable, Axes]]:
         # The units of an equation are its outputs: what it contracts is what feeds one.
         kernel, output = layer.equation.replace(" ", "").split(",")[1].split("->")
         contracted = tuple(i for i, letter in enumerate(kernel) if letter not in output)
-        rules = {"kernel": lambda rank: contracted}
+        rules = {"kernel": lambda _: contracted}
     for classes, layer_rules in _LAYERS:
         if isinstance(layer, classes):
             rules = layer_rules

@@ -36,8 +36,7 @@ def clip_by_norm(
 ) -> list[Gradient]:
     """Scale each gradient so that its own norm is at most `spec.max_norm`."""
     return [
-        _limited(gradient, tf.sqrt(squared_norm(gradient)), spec.max_norm)
-        for gradient in gradients
+        _limited(gradient, tf.sqrt(squared_norm(gradient)), spec.max_norm) for gradient in gradients
     ]
 
 
