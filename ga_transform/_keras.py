@@ -23,6 +23,7 @@ __all__ = [
     "Sequential",
     "activation_losses",
     "flatten_layers",
+    "has_coordinator",
     "has_functional_init",
     "has_sum_losses",
     "is_keras_own",
@@ -67,6 +68,11 @@ def has_functional_init(model_class: type) -> bool:
     return issubclass(model_class, Sequential) or functional.has_functional_like_constructor(
         model_class
     )
+
+
+def has_coordinator(strategy: tf.distribute.Strategy) -> bool:
+    """Whether steps are scheduled on workers, as by ParameterServerStrategy."""
+    return bool(strategy._should_use_with_coordinator)
 
 
 def is_keras_own(model: Any, mixin: type, method: str) -> bool:

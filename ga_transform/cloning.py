@@ -164,6 +164,7 @@ def _copy_compile_state(model: Any, copy: Any) -> None:
             else int(model._steps_per_execution.numpy())
         ),
         jit_compile=model.jit_compile,
+        from_serialized=metrics._from_serialized,  # a loaded model's metrics keep their names
     )
     own_variables = dict(zip((v.ref() for v in model.variables), copy.variables))
     for optimizer, own in zip(tf.nest.flatten(model.optimizer), tf.nest.flatten(copy.optimizer)):
@@ -183,7 +184,8 @@ def _clone_metrics(container: Any, given: Any) -> Any:
     if not isinstance(given, tf_keras.metrics.Metric):
         return given
     own = _clone_by_config(given)
-    if container.built and len(container._output_names) > 1:
+    renamed = container.built and not container._from_serialized
+    if renamed and len(container._output_names) > 1:
         # tf_keras has put an output's name in front, and will do so again.
         own._name = _without_output_name(own._name, container._output_names)
     return own

@@ -279,11 +279,11 @@ def _convert(owner: str, model: Any, chain: Chain, inplace: bool) -> Any:
             f"{model.transforms}. Call strip_accumulating first."
         )
     _check_available(chain)
-    replicas = model.distribute_strategy.num_replicas_in_sync
-    if replicas > 1:
-        raise ValueError(
-            f"{owner} must be on one device in this version; got {model.name!r} on {replicas} "
-            "replicas. Build and convert it outside the strategy's scope."
+    strategy = model.distribute_strategy
+    if strategy.num_replicas_in_sync > 1 or _keras.has_coordinator(strategy):
+        raise NotImplementedError(
+            f"{owner} must be on one device in this version; got {model.name!r} under "
+            f"{type(strategy).__name__}. Build and convert it outside the strategy's scope."
         )
     check_stages([*chain.micro_batch_stages, *chain.update_stages], model)
     _warn_of_batch_norm(model, chain)

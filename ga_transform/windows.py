@@ -40,7 +40,8 @@ class Windows(AutoTrackable):  # type: ignore[misc]
     @property
     def pending(self) -> int:
         """The micro-batches of the fullest window."""
-        counts = [int(window.micro_batches.numpy()) for window in self._windows.values()]
+        with tf.init_scope():  # also while a function is traced
+            counts = [int(window.micro_batches.numpy()) for window in self._windows.values()]
         return max(counts, default=0)
 
     def open(self, optimizer: Any) -> None:

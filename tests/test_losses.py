@@ -254,7 +254,7 @@ def count_positive(batch):
     return tf.reduce_sum(tf.cast(batch[0][:, 0] > 0, tf.int32))
 
 
-@pytest.mark.parametrize("weighting", ["equal", count_positive], ids=str)
+@pytest.mark.parametrize("weighting", ["equal", count_positive], ids=["equal", "function"])
 def test_weighting_by_choice(float64, weighting):
     """The mean gradient is weighed by one each, or by what the function returns."""
     case = one_output("mse")

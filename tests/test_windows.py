@@ -316,8 +316,7 @@ def test_compiling_again_starts_a_new_window():
     model.train_on_batch(*rows(2))
     model.compile("adam", "mae")
     with pytest.warns(UserWarning, match="discarded 1 pending micro-batches"):
-        assert model.pending_micro_batches == 0
-    model.fit(*rows(8), batch_size=1, verbose=0)
+        model.fit(*rows(8), batch_size=1, verbose=0)
     assert updates(model) == 2
 
 
