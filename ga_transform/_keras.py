@@ -9,14 +9,17 @@ import tensorflow as tf
 from tf_keras import Model, Sequential, optimizers
 from tf_keras.losses import Reduction
 from tf_keras.src.engine import data_adapter, functional
+from tf_keras.src.engine.base_layer_utils import REVIVED_LOSS_PLACEHOLDER
 from tf_keras.src.engine.compile_utils import LossesContainer
 from tf_keras.src.engine.functional import Functional
+from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
 from tf_keras.src.mixed_precision.loss_scale_optimizer import BaseLossScaleOptimizer
 from tf_keras.src.optimizers.legacy.optimizer_v2 import _var_key as legacy_variable_key
 from tf_keras.src.utils import losses_utils
 
 __all__ = [
     "AutoTrackable",
+    "BatchNormalizationBase",
     "Functional",
     "LossesContainer",
     "Model",
@@ -47,13 +50,14 @@ shared_by_replicas = losses_utils.scale_loss_for_distribution
 
 
 def optimizers_of(model: Any) -> list[Any]:
-    """The optimizers that a model holds, each once."""
+    """The optimizers that a model and its layers hold, each once."""
     found = {}
-    for value in vars(model).values():
-        items = value.values() if isinstance(value, Mapping) else value
-        for item in items if isinstance(items, (Sequence, ValuesView)) else [value]:
-            if isinstance(item, _OPTIMIZERS):
-                found[id(item)] = item
+    for layer in model._flatten_layers():
+        for value in vars(layer).values():
+            items = value.values() if isinstance(value, Mapping) else value
+            for item in items if isinstance(items, (Sequence, ValuesView)) else [value]:
+                if isinstance(item, _OPTIMIZERS):
+                    found[id(item)] = item
     return list(found.values())
 
 
@@ -98,7 +102,7 @@ def activation_losses(model: Any) -> list[tf.Tensor]:
     found: list[tf.Tensor] = []
     for layer in model._flatten_layers():
         found.extend(layer._eager_losses or layer._losses)
-    return found
+    return [loss for loss in found if loss is not REVIVED_LOSS_PLACEHOLDER]
 
 
 def weight_losses(model: Any) -> list[tf.Tensor]:

@@ -7,6 +7,7 @@ layers, objects that were never registered, the compile arguments, the optimizer
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import warnings
 from typing import Any
@@ -37,7 +38,7 @@ def clone_with_state(model: Any, plain_class: Any) -> Any:
         stack.enter_context(warnings.catch_warnings())
         # Of lambdas, whose code get_config writes; here they are taken as they are.
         warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
-        copy = _clone_layers(model, plain_class)
+        copy = _clone_layers(model, plain_class, {})
         _copy_layer_state(model, copy)
         if model._is_compiled:
             _copy_compile_state(model, copy)
@@ -47,10 +48,16 @@ def clone_with_state(model: Any, plain_class: Any) -> Any:
 # ---- layers and weights --------------------------------------------------------------------
 
 
-def _clone_layers(model: Any, plain_class: Any) -> Any:
-    """The model's layers, fresh, in a model of `plain_class`."""
+def _clone_layers(model: Any, plain_class: Any, clones: dict[int, Any]) -> Any:
+    """The model's layers, fresh, in a model of `plain_class`.
+
+    Args:
+        clones: By the layer's id, what is cloned already: a layer that stands in several nested
+            models is one layer in the copy, too.
+    """
     if issubclass(plain_class, _keras.Functional) and _keras.has_functional_init(plain_class):
-        copy = tf_keras.models.clone_model(model, clone_function=_clone_layer)
+        clone = functools.partial(_clone_layer, clones=clones)
+        copy = tf_keras.models.clone_model(model, clone_function=clone)
         if type(copy) is not plain_class:
             copy.__class__ = plain_class
         return copy
@@ -62,10 +69,17 @@ def _clone_layers(model: Any, plain_class: Any) -> Any:
     return plain_class.from_config(plain_class.get_config(model))
 
 
-def _clone_layer(layer: Any) -> Any:
-    if isinstance(layer, (_keras.Functional, tf_keras.Sequential)):
-        # By its objects and not by its config, so that layers need not be registered.
-        return _clone_layers(layer, type(layer))
+def _clone_layer(layer: Any, clones: dict[int, Any]) -> Any:
+    if id(layer) not in clones:
+        if isinstance(layer, (_keras.Functional, tf_keras.Sequential)):
+            # By its objects and not by its config, so that layers need not be registered.
+            clones[id(layer)] = _clone_layers(layer, type(layer), clones)
+        else:
+            clones[id(layer)] = _clone_from_config(layer)
+    return clones[id(layer)]
+
+
+def _clone_from_config(layer: Any) -> Any:
     try:
         config = layer.get_config()
         for name in config:
@@ -166,13 +180,23 @@ def _copy_compile_state(model: Any, copy: Any) -> None:
         jit_compile=model.jit_compile,
         from_serialized=metrics._from_serialized,  # a loaded model's metrics keep their names
     )
+    for layer, own in zip(_keras.flatten_layers(model), _keras.flatten_layers(copy)):
+        # What was frozen when the model was compiled counts, until it is compiled again.
+        if layer in model._compiled_trainable_state:
+            copy._compiled_trainable_state[own] = model._compiled_trainable_state[layer]
     own_variables = dict(zip((v.ref() for v in model.variables), copy.variables))
     for optimizer, own in zip(tf.nest.flatten(model.optimizer), tf.nest.flatten(copy.optimizer)):
         _copy_optimizer_state(optimizer, own, own_variables)
 
 
 def _clone_by_config(item: Any) -> Any:
-    return type(item).from_config(item.get_config())
+    try:
+        return type(item).from_config(item.get_config())
+    except (TypeError, ValueError, NotImplementedError, KeyError) as error:
+        raise ValueError(
+            "A model must be compiled with objects that can be made from their configs to be "
+            f"copied; got {type(item).__name__} {item.name!r}, which cannot. {_REMEDY}"
+        ) from error
 
 
 def _clone_metrics(container: Any, given: Any) -> Any:
@@ -184,18 +208,23 @@ def _clone_metrics(container: Any, given: Any) -> Any:
     if not isinstance(given, tf_keras.metrics.Metric):
         return given
     own = _clone_by_config(given)
-    renamed = container.built and not container._from_serialized
-    if renamed and len(container._output_names) > 1:
-        # tf_keras has put an output's name in front, and will do so again.
-        own._name = _without_output_name(own._name, container._output_names)
+    own._name = _name_given(container, given)
     return own
 
 
-def _without_output_name(name: str, output_names: list[str]) -> str:
-    for output in output_names:
-        for prefix in (f"{output}_weighted_", f"{output}_"):
-            if name.startswith(prefix):
-                return name[len(prefix) :]
+def _name_given(container: Any, metric: Any) -> str:
+    """A metric's name as it was given: of several outputs, tf_keras puts the output's in front."""
+    name = str(metric._name)
+    if not container.built or container._from_serialized or len(container._output_names) < 2:
+        return name
+    outputs = zip(container._output_names, container._metrics, container._weighted_metrics)
+    for output, unweighted, weighted in outputs:
+        if any(other is metric for other in unweighted):
+            return name[len(f"{output}_") :]
+        if any(other is metric for other in weighted):
+            short = name[len(f"{output}_weighted_") :]
+            taken = {other._name for other in unweighted if other is not None}
+            return short if f"{output}_{short}" in taken else name[len(f"{output}_") :]
     return name
 
 

@@ -334,7 +334,7 @@ def _warn_of_batch_norm(model: Any, chain: Chain) -> None:
     names = [
         layer.name
         for layer in _keras.flatten_layers(model)
-        if isinstance(layer, tf_keras.layers.BatchNormalization) and layer.trainable
+        if isinstance(layer, _keras.BatchNormalizationBase) and layer.trainable
     ]
     if names:
         warnings.warn(

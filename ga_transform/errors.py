@@ -48,4 +48,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), known, n=1)
     if close:
         return f"Did you mean {close[0]!r}?"
-    return f"Known: {', '.join(known)}."
+    if not known:
+        return "There is none."
+    shown_words = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if known[10:] else "")
+    return f"Known: {shown_words}."

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Optional
 import tensorflow as tf
 
 from ga_transform import _keras
-from ga_transform.numerics import Gradient, added, map_values, widened
+from ga_transform.errors import wrong_value
+from ga_transform.numerics import Gradient, added, map_values, values_of, widened
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Share
 from ga_transform.weighting import (
@@ -70,6 +71,7 @@ class MicroStep:
         self._terms: list[LossTerm] = []
         self._loss_weight: Optional[tf.Tensor] = None
         self._held: Optional[_Held] = None
+        self._has_handed_over = False
 
     def __enter__(self) -> Self:
         for optimizer in _keras.optimizers_of(self.model):
@@ -84,6 +86,12 @@ class MicroStep:
     def __exit__(self, *error: object) -> None:
         _running.stack.pop()
         self._recorder.__exit__(*error)  # type: ignore[arg-type]
+        if not self._has_handed_over and error[0] is None:
+            self._windows.warn_once(
+                f"{self.model.name}: train_step has handed no gradients to an optimizer of the "
+                "model, so that there is nothing to accumulate. Keep its optimizers as "
+                "attributes of the model or of its layers."
+            )
 
     # ---- the loss ------------------------------------------------------------------------
 
@@ -121,7 +129,7 @@ class MicroStep:
             # Once a window, and beside a sum nothing divides it: the first brings it along.
             first = tf.equal(window.micro_batches, 0)
             sums += [tf.where(first, loss, tf.zeros_like(loss)) for loss in of_weights]
-        by_kind = {SUM: _total(sums)}
+        by_kind = {SUM: _total(sums)} if sums else {}  # a target may be absent
         if means:
             if self._windows.chain.micro_batch_stages:
                 raise ValueError(
@@ -149,6 +157,7 @@ class MicroStep:
         self, optimizer: Any, grads_and_vars: Iterable[Any], args: Any, kwargs: Any
     ) -> tf.Variable:
         """Take the gradients that the model hands to an optimizer into its window."""
+        self._has_handed_over = True
         pairs = list(grads_and_vars)
         present = [variable for gradient, variable in pairs if gradient is not None]
         window = self._windows.of(optimizer)
@@ -173,7 +182,11 @@ class MicroStep:
 
         def add(shares: list[Share]) -> None:
             variables = [variable for _, variable in pairs]
-            window.add(variables, shares, weight, optimizer.iterations, update)
+            # Tied to the gradients: when a pipeline runs out in the middle of a call, whatever
+            # does not depend on its data has been run by then, the count included.
+            values = [values_of(g) for share in shares for g in share.gradients.values()]
+            with tf.control_dependencies(values):
+                window.add(variables, shares, weight, optimizer.iterations, update)
 
         share = Share(kind, by_reference, relative)
         if self._held is None:
@@ -193,7 +206,15 @@ class MicroStep:
         """What the micro-batch weighs: the count its mean divided by. Shape: scalar, float64."""
         weighting = self._windows.accumulate.weighting
         if callable(weighting):
-            return tf.cast(weighting(self._data), tf.float64)
+            weight = tf.cast(weighting(self._data), tf.float64)
+            if weight.shape.rank != 0:
+                raise wrong_value(
+                    "What Accumulate.weighting returns",
+                    "a scalar >= 0",
+                    f"a tensor of shape {weight.shape}",
+                    "Return the count that the batch's mean loss divides by.",
+                )
+            return weight
         if weighting == "equal":
             return tf.ones([], tf.float64)
         self._warn_where_inexact()

@@ -26,6 +26,9 @@ class AccumulatingModel(Accumulating):
 
     #: Of the base, which stands behind the mixin.
     name: str
+    #: A SavedModel whose layers are not registered is refused, where tf_keras would revive it
+    #: as a model that cannot accumulate.
+    _must_restore_from_config = True
 
     def get_config(self) -> dict[str, Any]:
         """The config of the base, with the chain."""
@@ -54,8 +57,7 @@ def become_accumulating(model: Any, chain: Chain) -> None:
     """Convert a model itself: its class changes, its weights and its compile state stay."""
     model.__class__ = _accumulating_class(type(model))
     _set_chain(model, chain)
-    if model._is_compiled:
-        model._reset_compile_cache()  # what is traced already does not accumulate
+    model.train_function = None  # what is traced already does not accumulate
 
 
 def become_plain(model: Any) -> None:
@@ -66,8 +68,7 @@ def become_plain(model: Any) -> None:
     for name in ("_chain", "_accumulation"):
         if name in vars(model):
             delattr(model, name)
-    if model._is_compiled:
-        model._reset_compile_cache()
+    model.train_function = None
 
 
 def plain_class_of(model: Any) -> type:

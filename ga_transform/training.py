@@ -97,6 +97,10 @@ class Accumulating:
         Returns:
             How many micro-batches it held; 0 changes nothing.
 
+        Raises:
+            RuntimeError: It is called while a `tf.function` is traced, or on a window that a
+                checkpoint has restored and no training step has seen.
+
         Example:
             >>> import numpy as np, tf_keras, ga_transform as ga
             >>> model = tf_keras.Sequential([tf_keras.Input([2]), tf_keras.layers.Dense(1)])
@@ -110,6 +114,11 @@ class Accumulating:
             >>> model.pending_micro_batches, int(model.optimizer.iterations)
             (0, 1)
         """
+        if not tf.executing_eagerly():
+            raise RuntimeError(
+                "flush must be called outside a tf.function; got a call while one is traced. "
+                "Call it between steps."
+            )
         pending = self.pending_micro_batches
         if pending:
             self._windows.flush()
@@ -146,12 +155,15 @@ class Accumulating:
 
     @functools.wraps(_keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `fit`, with partial windows settled at the end of each epoch."""
+        # The model's own, with partial windows settled at the end of each epoch.
         own_fit = super().fit  # type: ignore[misc]
         accumulate = self._chain.find(Accumulate)
         if accumulate is None or accumulate.remainder == "carry":
             return own_fit(*args, **kwargs)
-        call = inspect.signature(own_fit).bind_partial(*args, **kwargs)
+        signature = inspect.signature(own_fit)
+        if "callbacks" not in signature.parameters:  # a fit(*args, **kwargs) passes them on
+            signature = inspect.signature(functools.partial(_keras.Model.fit, self))
+        call = signature.bind_partial(*args, **kwargs)
         end_of_epoch = _EndOfEpoch(self.flush if accumulate.remainder == "flush" else self.discard)
         given = call.arguments.get("callbacks")
         if not isinstance(given, keras_callbacks.CallbackList):

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import tensorflow as tf
 
-from ga_transform._keras import AutoTrackable
+from ga_transform import _keras
 from ga_transform.chain import Chain
 from ga_transform.errors import InexactWarning
 from ga_transform.numerics import Gradient
@@ -20,7 +20,7 @@ from ga_transform.stages.accumulate import Update, Window
 __all__ = ["Windows"]
 
 
-class Windows(AutoTrackable):  # type: ignore[misc]
+class Windows(_keras.AutoTrackable):  # type: ignore[misc]
     """What accumulation keeps between calls: checkpointed with the model, none of its weights.
 
     Args:
@@ -36,6 +36,8 @@ class Windows(AutoTrackable):  # type: ignore[misc]
         self._updates = self._no_dependency({})
         self._flushes = self._no_dependency({})
         self._has_warned = False
+        for optimizer in _keras.optimizers_of(model):
+            self.open(optimizer)
 
     @property
     def pending(self) -> int:
@@ -87,6 +89,11 @@ class Windows(AutoTrackable):  # type: ignore[misc]
         for key, window in self._windows.items():
             if not int(window.micro_batches.numpy()):
                 continue
+            if key not in self._updates:
+                raise RuntimeError(
+                    f"flush must follow a training step; got {self.pending} micro-batches that "
+                    "were restored before any. Train on a batch first, or call discard()."
+                )
             if key not in self._flushes:
                 self._flushes[key] = self._flush_function(window, self._updates[key])
             self._flushes[key]()

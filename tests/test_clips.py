@@ -332,9 +332,11 @@ SPARSE = {
     "AGC on the table": ga.ClipByAGC(0.05, axes={"*/embeddings": (0, 1)}),
     "AGC on elements": ga.ClipByAGC(0.05, axes={"*/embeddings": ()}),
     "AGC on rows, counted from the end": ga.ClipByAGC(0.05, axes={"*/embeddings": (-1,)}),
+    "AGC on columns, counted from the end": ga.ClipByAGC(0.05, axes={"*/embeddings": (-2,)}),
 }
 SPARSE_AXES = {
     "AGC on columns": (0,),
+    "AGC on columns, counted from the end": (0,),
     "AGC on the table": (0, 1),
     "AGC on elements": (),
 }
@@ -1178,7 +1180,7 @@ EXCLUDED = [
 ]
 
 
-@pytest.mark.parametrize(("exclude", "names"), EXCLUDED, ids=str)
+@pytest.mark.parametrize(("exclude", "names"), EXCLUDED, ids=[str(line[0]) for line in EXCLUDED])
 def test_what_exclude_names_is_left_out(named_layers, exclude, names):
     """`exclude` takes layers' names, variables' paths, and globs of both, beside the head."""
     spec = ga.ClipByAGC(exclude=exclude)
@@ -1207,7 +1209,9 @@ OVERRIDES = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "changed"), OVERRIDES, ids=str)
+@pytest.mark.parametrize(
+    ("overrides", "changed"), OVERRIDES, ids=[str(line[0]) for line in OVERRIDES]
+)
 def test_axes_of_your_own_take_the_place_of_the_layers(named_layers, overrides, changed):
     """`axes` says by path or glob over what a norm is taken; the last that fits counts."""
     variables = named_layers.trainable_variables

@@ -20,7 +20,6 @@ from ga_transform.numerics import (
     as_dense,
     as_slices,
     map_values,
-    values_of,
     widened,
 )
 from ga_transform.weighting import MEAN
@@ -94,11 +93,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
             update: Makes the update, if the window weighs anything.
         """
         if self.is_single:
-            # Tied to the gradients: when a pipeline runs out in the middle of a call,
-            # whatever does not depend on its data has been run by then.
-            values = [values_of(g) for share in shares for g in share.gradients.values()]
-            with tf.control_dependencies(values):
-                _finish(variables, shares, update)
+            _finish(variables, shares, update)
             return
         given = {share.kind: share for share in shares}
         for share in shares:
