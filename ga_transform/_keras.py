@@ -26,10 +26,10 @@ __all__ = [
     "Sequential",
     "activation_losses",
     "flatten_layers",
-    "has_coordinator",
     "has_functional_init",
     "has_sum_losses",
     "is_keras_own",
+    "is_on_one_device",
     "optimizers_of",
     "output_layers",
     "shared_by_replicas",
@@ -74,9 +74,12 @@ def has_functional_init(model_class: type) -> bool:
     )
 
 
-def has_coordinator(strategy: tf.distribute.Strategy) -> bool:
-    """Whether steps are scheduled on workers, as by ParameterServerStrategy."""
-    return bool(strategy._should_use_with_coordinator)
+def is_on_one_device(strategy: tf.distribute.Strategy) -> bool:
+    """Whether a model under this strategy has neither replicas nor workers."""
+    default = "_DefaultDistributionStrategy"
+    return (
+        isinstance(strategy, tf.distribute.OneDeviceStrategy) or type(strategy).__name__ == default
+    )
 
 
 def is_keras_own(model: Any, mixin: type, method: str) -> bool:
@@ -114,23 +117,58 @@ def weight_losses(model: Any) -> list[tf.Tensor]:
 
 
 def output_layers(model: Any) -> Iterator[Any]:
-    """For each output, the last layer with weights on its way, seen through wrappers.
+    """For each output, the last layers with weights on its way, seen through wrappers.
 
     For a subclassed model, whose order of calls is not known, its last layer with weights.
     """
     if isinstance(model, Functional) and getattr(model, "outputs", None):
         for output in model.outputs:
-            layer, index = output._keras_history.layer, output._keras_history.node_index
-            while not layer.weights:
-                parents = tf.nest.flatten(layer._inbound_nodes[index].keras_inputs)
-                if not parents:
-                    break
-                layer, index = parents[0]._keras_history.layer, parents[0]._keras_history.node_index
-            yield from _innermost(layer)
+            yield from _last_layers(output)
         return
     last = next((layer for layer in reversed(model.layers) if layer.weights), None)
     if last is not None:
         yield from _innermost(last)
+
+
+def _last_layers(output: Any) -> Iterator[Any]:
+    """The layers with weights that reach an output through layers without any.
+
+    Of two that reach it, one that feeds the other (around a residual) is not the last.
+    """
+    last: dict[Any, Any] = {}
+    ways = [output]
+    while ways:
+        tensor = ways.pop()
+        layer, inputs = _origin(tensor)
+        if layer.weights:
+            last.setdefault(layer, (tensor, inputs))
+        else:
+            ways.extend(inputs)
+    for layer, (tensor, _) in last.items():
+        others = [inputs for other, (_, inputs) in last.items() if other is not layer]
+        if any(layer in _upstream(inputs) for inputs in others):
+            continue
+        if isinstance(layer, Functional):
+            yield from _last_layers(layer.outputs[tensor._keras_history.tensor_index])
+        else:
+            yield from _innermost(layer)
+
+
+def _origin(tensor: Any) -> tuple[Any, list[Any]]:
+    """The layer that made a Keras tensor, and what it made it of."""
+    layer, node_index, _ = tensor._keras_history
+    return layer, tf.nest.flatten(layer._inbound_nodes[node_index].keras_inputs)
+
+
+def _upstream(tensors: list[Any]) -> set[Any]:
+    found: set[Any] = set()
+    ways = list(tensors)
+    while ways:
+        layer, inputs = _origin(ways.pop())
+        if layer not in found:
+            found.add(layer)
+            ways.extend(inputs)
+    return found
 
 
 def _innermost(layer: Any) -> Iterator[Any]:

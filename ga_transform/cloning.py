@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -120,19 +121,44 @@ def _copy_layer_state(model: Any, copy: Any) -> None:
         raise _not_copied(model, "its layers come out of their configs in another structure")
     for layer, own in zip(layers, copies):
         if len(layer._callable_losses) != len(own._callable_losses):
-            raise _not_copied(
-                model, f"a function passed to add_loss of {layer.name!r} is in no config"
-            )
+            reason = f"a function passed to add_loss of {layer.name!r} is in no config"
+            raise _not_copied(model, reason)
     for layer, own in zip(layers, copies):
         own.trainable = layer.trainable  # parents first, so that each layer has the last word
-    if not model.built:
-        return
+    if type(copy) not in (_keras.Functional, _keras.Sequential):
+        _copy_attributes(model, copy)
+    if model.built:
+        _copy_weights(model, copy)
+        for layer, own in zip(layers, copies):
+            _copy_what_is_no_weight(layer, own)
+
+
+def _copy_weights(model: Any, copy: Any) -> None:
     if _shapes(model) != _shapes(copy):
         raise _not_copied(model, "its weights have other shapes, or another number, after cloning")
+    for variable, own in zip(model.trainable_variables, copy.trainable_variables):
+        if (variable.constraint is None) != (own.constraint is None):
+            raise _not_copied(model, f"its config differs in the constraint of {variable.name!r}")
     copy.set_weights(model.get_weights())
-    for own in copies:
-        if hasattr(own, "finalize_state"):
-            own.finalize_state()
+
+
+def _copy_what_is_no_weight(layer: Any, own: Any) -> None:
+    if hasattr(own, "finalize_state"):  # statistics of preprocessing layers, from their weights
+        own.finalize_state()
+    if getattr(layer, "stateful", False) and hasattr(layer, "states"):
+        for state, own_state in zip(*map(tf.nest.flatten, (layer.states, own.states))):
+            own_state.assign(state)
+
+
+def _copy_attributes(model: Any, copy: Any) -> None:
+    """What was set on a model of the user's own class and is in no config: plain values only."""
+    for name in sorted(vars(model).keys() - vars(copy).keys()):
+        value = vars(model)[name]
+        if name.startswith("_") or name in ("history", "stop_training"):
+            continue
+        if not isinstance(value, (bool, int, float, str, bytes, type(None))):
+            raise _not_copied(model, f"its attribute {name!r} is in no config")
+        setattr(copy, name, value)
 
 
 def _shapes(model: Any) -> list[Any]:
@@ -164,6 +190,11 @@ def _unregistered_objects(model: Any) -> dict[str, Any]:
 
 
 def _copy_compile_state(model: Any, copy: Any) -> None:
+    if type(copy).compile is not _keras.Model.compile:
+        raise ValueError(
+            f"A model must have tf_keras's own compile to be copied; got {type(copy).__name__} "
+            f"{model.name!r} with one of its own. {_REMEDY}"
+        )
     losses, metrics = model.compiled_loss, model.compiled_metrics
     copy.compile(
         optimizer=tf.nest.map_structure(_clone_by_config, model.optimizer),
@@ -184,7 +215,10 @@ def _copy_compile_state(model: Any, copy: Any) -> None:
         # What was frozen when the model was compiled counts, until it is compiled again.
         if layer in model._compiled_trainable_state:
             copy._compiled_trainable_state[own] = model._compiled_trainable_state[layer]
-    own_variables = dict(zip((v.ref() for v in model.variables), copy.variables))
+    if not model.built:
+        return
+    pairs = zip(model.variables, copy.variables)
+    own_variables = {v.ref(): own for v, own in pairs if isinstance(v, tf.Variable)}
     for optimizer, own in zip(tf.nest.flatten(model.optimizer), tf.nest.flatten(copy.optimizer)):
         _copy_optimizer_state(optimizer, own, own_variables)
 
@@ -255,7 +289,9 @@ def _copy_optimizer_state(optimizer: Any, own: Any, own_variables: dict[Any, Any
         if state:
             own.iterations.assign(optimizer.iterations)
         if optimizer._slots:
-            own._create_all_weights([by_key[key] for key in optimizer._slots])
+            own._create_all_weights(_in_order(optimizer._slots, by_key))
+        own.gradient_transformers = optimizer.gradient_transformers
+        own.gradient_aggregator = optimizer.gradient_aggregator
         own_state = own.weights
     else:
         excluded = getattr(optimizer, "_exclude_from_weight_decay", None)
@@ -265,7 +301,7 @@ def _copy_optimizer_state(optimizer: Any, own: Any, own_variables: dict[Any, Any
             own._exclude_from_weight_decay_names = optimizer._exclude_from_weight_decay_names
         if getattr(optimizer, "_built", False):
             order = sorted(optimizer._index_dict, key=optimizer._index_dict.get)
-            own.build([by_key[key] for key in order])
+            own.build(_in_order(order, by_key))
         # Some variables (a schedule's latest value, Nadam's product) are in no list.
         state = [*optimizer.variables, *_variable_attributes(optimizer)]
         own_state = [*own.variables, *_variable_attributes(own)]
@@ -277,6 +313,18 @@ def _copy_optimizer_state(optimizer: Any, own: Any, own_variables: dict[Any, Any
         )
     for variable, own_variable in zip(state, own_state):
         own_variable.assign(variable)
+
+
+def _in_order(keys: Iterable[str], by_key: dict[str, Any]) -> list[Any]:
+    """The copies of the variables that an optimizer has built slots for."""
+    keys = list(keys)
+    foreign = [key for key in keys if key not in by_key]
+    if foreign:
+        raise ValueError(
+            f"A model must have its optimizer to itself to be copied; got one that also trains "
+            f"{foreign[0]!r}. {_REMEDY}"
+        )
+    return [by_key[key] for key in keys]
 
 
 def _variable_attributes(optimizer: Any) -> list[tf.Variable]:

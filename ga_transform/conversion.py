@@ -278,9 +278,15 @@ def _convert(owner: str, model: Any, chain: Chain, inplace: bool) -> Any:
             f"{owner} must be a plain model; got {model.name!r}, converted already to "
             f"{model.transforms}. Call strip_accumulating first."
         )
+    for layer in _keras.flatten_layers(model):
+        if isinstance(layer, AccumulatingModel):
+            raise ValueError(
+                f"{owner} must hold no converted model; got {layer.name!r} in {model.name!r}. "
+                "Call strip_accumulating on it first."
+            )
     _check_available(chain)
     strategy = model.distribute_strategy
-    if strategy.num_replicas_in_sync > 1 or _keras.has_coordinator(strategy):
+    if not _keras.is_on_one_device(strategy):
         raise NotImplementedError(
             f"{owner} must be on one device in this version; got {model.name!r} under "
             f"{type(strategy).__name__}. Build and convert it outside the strategy's scope."

@@ -71,11 +71,11 @@ class MicroStep:
         self._terms: list[LossTerm] = []
         self._loss_weight: Optional[tf.Tensor] = None
         self._held: Optional[_Held] = None
-        self._has_handed_over = False
+        #: How often each optimizer has been handed gradients in this step.
+        self._turns: dict[int, int] = {}
 
     def __enter__(self) -> Self:
         for optimizer in _keras.optimizers_of(self.model):
-            self._windows.open(optimizer)
             _divert(optimizer)
         self._terms = self._recorder.__enter__()
         if not hasattr(_running, "stack"):
@@ -86,7 +86,7 @@ class MicroStep:
     def __exit__(self, *error: object) -> None:
         _running.stack.pop()
         self._recorder.__exit__(*error)  # type: ignore[arg-type]
-        if not self._has_handed_over and error[0] is None:
+        if not self._turns and error[0] is None:
             self._windows.warn_once(
                 f"{self.model.name}: train_step has handed no gradients to an optimizer of the "
                 "model, so that there is nothing to accumulate. Keep its optimizers as "
@@ -105,7 +105,7 @@ class MicroStep:
             return loss
         if loss.shape.rank != 0:  # what is differentiated is the sum of its elements
             self.kind = SUM
-        window = self._windows.of(self.model.optimizer)
+        window = self._windows.open(self.model.optimizer)
         if self._kind() == SUM or window.is_single or self._windows.chain.micro_batch_stages:
             return loss
         # Rounded as the loss is, so that sum and divisor hold the same weights.
@@ -124,7 +124,7 @@ class MicroStep:
         means = [share(term.value) for term in self._terms if term.kind == MEAN]
         means += [share(loss) for loss in _keras.activation_losses(self.model)]
         of_weights = [share(loss) for loss in _keras.weight_losses(self.model)]
-        window = self._windows.of(self.model.optimizer)
+        window = self._windows.open(self.model.optimizer)
         if of_weights and not means:
             # Once a window, and beside a sum nothing divides it: the first brings it along.
             first = tf.equal(window.micro_batches, 0)
@@ -157,10 +157,12 @@ class MicroStep:
         self, optimizer: Any, grads_and_vars: Iterable[Any], args: Any, kwargs: Any
     ) -> tf.Variable:
         """Take the gradients that the model hands to an optimizer into its window."""
-        self._has_handed_over = True
         pairs = list(grads_and_vars)
         present = [variable for gradient, variable in pairs if gradient is not None]
-        window = self._windows.of(optimizer)
+        turn = self._turns.setdefault(id(optimizer), 0)
+        if self._held is None:
+            self._turns[id(optimizer)] += 1
+        window = self._windows.open(optimizer, turn)
         weight = self._weight()
         relative = window.relative(weight) if self._loss_weight is None else self._loss_weight
         gradients = apply_stages(
@@ -178,7 +180,7 @@ class MicroStep:
             if earlier is not None:
                 gradient = added(earlier, gradient, variable)
             by_reference[variable.ref()] = gradient
-        update = self._windows.update_of(optimizer, args, kwargs)
+        update = self._windows.update_of(optimizer, turn, args, kwargs)
 
         def add(shares: list[Share]) -> None:
             variables = [variable for _, variable in pairs]
@@ -186,7 +188,9 @@ class MicroStep:
             # does not depend on its data has been run by then, the count included.
             values = [values_of(g) for share in shares for g in share.gradients.values()]
             with tf.control_dependencies(values):
-                window.add(variables, shares, weight, optimizer.iterations, update)
+                grown = window.add(variables, shares, weight, optimizer.iterations, update)
+            if grown:
+                self._windows.trace_again()
 
         share = Share(kind, by_reference, relative)
         if self._held is None:
@@ -226,7 +230,7 @@ class MicroStep:
 
     def _warn_where_inexact(self) -> None:
         """Say, once, where one number cannot weigh a micro-batch."""
-        if all(self._windows.of(o).is_single for o in _keras.optimizers_of(self.model)):
+        if self._windows.accumulate.steps == 1:
             return
         activations = bool(_keras.activation_losses(self.model))
         outputs = disagreeing(self._terms, activations)

@@ -58,6 +58,8 @@ def become_accumulating(model: Any, chain: Chain) -> None:
     model.__class__ = _accumulating_class(type(model))
     _set_chain(model, chain)
     model.train_function = None  # what is traced already does not accumulate
+    if model._is_compiled:
+        model._windows  # noqa: B018  (so that a checkpoint taken before any step holds a count)
 
 
 def become_plain(model: Any) -> None:

@@ -140,7 +140,7 @@ class Accumulating:
         windows = vars(self).get("_accumulation")
         # A SavedModel brings back a holder without a class.
         known = windows if isinstance(windows, Windows) else None
-        if known is not None and known.compiled_loss is self.compiled_loss:  # type: ignore[attr-defined]
+        if known is not None and known.belong_to(self):
             return known
         if known is not None and known.pending:
             warnings.warn(
@@ -154,17 +154,23 @@ class Accumulating:
     # ---- epochs ------------------------------------------------------------------------
 
     @functools.wraps(_keras.Model.fit)
-    def fit(self, *args: Any, **kwargs: Any) -> Any:
+    def fit(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102  (it is that of `wraps`)
         # The model's own, with partial windows settled at the end of each epoch.
         own_fit = super().fit  # type: ignore[misc]
         accumulate = self._chain.find(Accumulate)
         if accumulate is None or accumulate.remainder == "carry":
             return own_fit(*args, **kwargs)
+        settle = self.flush if accumulate.remainder == "flush" else self.discard
         signature = inspect.signature(own_fit)
-        if "callbacks" not in signature.parameters:  # a fit(*args, **kwargs) passes them on
+        if "callbacks" not in signature.parameters:
+            kinds = {parameter.kind for parameter in signature.parameters.values()}
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                result = own_fit(*args, **kwargs)  # takes none, so it is settled once
+                settle()
+                return result
             signature = inspect.signature(functools.partial(_keras.Model.fit, self))
         call = signature.bind_partial(*args, **kwargs)
-        end_of_epoch = _EndOfEpoch(self.flush if accumulate.remainder == "flush" else self.discard)
+        end_of_epoch = _EndOfEpoch(settle)
         given = call.arguments.get("callbacks")
         if not isinstance(given, keras_callbacks.CallbackList):
             # First of all, so that every other callback sees the weights of whole epochs.

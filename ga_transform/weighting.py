@@ -167,7 +167,10 @@ def _count(elements: tf.Tensor, mask: tf.Tensor | None, y_true: Any) -> tuple[tf
         valid = tf.reduce_sum(tf.cast(mask, tf.float64))
         share = tf.math.divide_no_nan(valid, _float64(tf.size(mask)))
         return share * size, id(mask)
-    fixed = None not in elements.shape[1:].as_list() if elements.shape.rank else False
+    # Eagerly every length is known, and none is fixed.
+    fixed = elements.shape.rank == 1 or not (
+        tf.executing_eagerly() or None in elements.shape[1:].as_list()
+    )
     return size, _ROWS if fixed else None
 
 

@@ -30,7 +30,8 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
     def __init__(self, model: Any) -> None:
         self.chain: Chain = model.transforms
         self.accumulate = self.chain.find(Accumulate) or Accumulate(1)
-        self.compiled_loss = model.compiled_loss
+        self._compiled_loss = self._no_dependency(model.compiled_loss)
+        self._jit_compile = model.jit_compile
         self._model = self._no_dependency(weakref.ref(model))
         self._windows = self._no_dependency({})
         self._updates = self._no_dependency({})
@@ -39,6 +40,15 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         for optimizer in _keras.optimizers_of(model):
             self.open(optimizer)
 
+    def belong_to(self, model: Any) -> bool:
+        """Whether the model is compiled as it was, with optimizers that it still has."""
+        held = {id(optimizer) for optimizer in _keras.optimizers_of(model)}
+        return (
+            self._compiled_loss is model.compiled_loss
+            and self._jit_compile == model.jit_compile
+            and held >= {optimizer for optimizer, _ in self._windows}
+        )
+
     @property
     def pending(self) -> int:
         """The micro-batches of the fullest window."""
@@ -46,22 +56,26 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             counts = [int(window.micro_batches.numpy()) for window in self._windows.values()]
         return max(counts, default=0)
 
-    def open(self, optimizer: Any) -> None:
-        """See to it that an optimizer has a window."""
-        if id(optimizer) not in self._windows:
-            window = Window(self.accumulate.steps, keep_sparse=not self._model().jit_compile)
+    def open(self, optimizer: Any, turn: int = 0) -> Window:
+        """The window of an optimizer.
+
+        Args:
+            optimizer: An optimizer of the model.
+            turn: How often the same step has called it before; each turn has its own window.
+        """
+        key = (id(optimizer), turn)
+        if key not in self._windows:
+            window = Window(self.accumulate.steps, keep_sparse=not self._jit_compile)
             setattr(self, f"window_{len(self._windows)}", window)  # checkpointed under this name
-            self._windows[id(optimizer)] = window
+            self._windows[key] = window
+        return self._windows[key]  # type: ignore[no-any-return]
 
-    def of(self, optimizer: Any) -> Window:
-        """The window of an optimizer."""
-        return self._windows[id(optimizer)]  # type: ignore[no-any-return]
-
-    def update_of(self, optimizer: Any, args: Any, kwargs: Any) -> Update:
+    def update_of(self, optimizer: Any, turn: int, args: Any, kwargs: Any) -> Update:
         """How an optimizer makes an update: through the stages, then by itself.
 
         Args:
             optimizer: Its own `apply_gradients` is called.
+            turn: As in `open`.
             args, kwargs: What the model passes to `apply_gradients` beside the gradients. A
                 later flush passes the same.
         """
@@ -81,8 +95,21 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             handed = [(final.get(variable.ref()), variable) for variable in variables]
             optimizer.apply_gradients.undiverted(handed, *args, **kwargs)
 
-        self._updates[id(optimizer)] = update
+        self._updates[id(optimizer), turn] = update
         return update
+
+    def trace_again(self) -> None:
+        """Have functions traced anew: a variable that had no gradient so far has one now."""
+        self._flushes.clear()
+        model = self._model()
+        if model.train_function is None:
+            self.warn_once(
+                f"{model.name}: a variable has its first gradient in a later trace of train_step. "
+                "Functions of your own that were traced before leave it out: make them anew."
+            )
+        else:
+            with tf.init_scope():
+                model.make_train_function(force=True)
 
     def flush(self) -> None:
         """Make the updates of partial windows."""

@@ -1,6 +1,7 @@
 """The conversion: what is carried over, what stays untouched, and the way back."""
 
 import inspect
+import re
 
 import cases
 import numpy as np
@@ -146,10 +147,16 @@ def test_nothing_the_user_sees_moves(model):
 def test_uncompiled_and_unbuilt_models():
     """A model is compiled, and built, after conversion as usual."""
     x, y = np.ones([4, 3]), np.ones([4, 1])
-    for model in (small(), tf_keras.Sequential([layers.Dense(2), layers.Dense(1)])):
+    for compile_first in (False, True):
+        model = tf_keras.Sequential([layers.Dense(2), layers.Dense(1)])
+        if compile_first:
+            model.compile("adam", "mse")
+        else:
+            assert ga.make_accumulating(small(), 2).pending_micro_batches == 0
         copy = ga.make_accumulating(model, 2)
         assert copy.pending_micro_batches == 0
-        copy.compile("adam", "mse")
+        if not compile_first:
+            copy.compile("adam", "mse")
         copy.fit(x, y, batch_size=2, verbose=0)
         assert int(copy.optimizer.iterations) == 1
 
@@ -215,6 +222,7 @@ def test_vocabularies_and_statistics_come_along():
     normal.adapt(np.array([[1.0], [5.0]]))
     numbers = tf_keras.Sequential([tf_keras.Input([1]), normal, layers.Dense(1)])
     for model, x in ((words, np.array(["b a", "c q"])), (numbers, np.array([[1.0], [2.0]]))):
+        model.compile("adam", "mse")
         copy = ga.make_accumulating(model, 2)
         np.testing.assert_array_equal(copy.predict(x, verbose=0), model.predict(x, verbose=0))
 
@@ -232,6 +240,171 @@ def test_what_cannot_be_copied_is_named():
     assert ga.make_accumulating(model, 2, inplace=True) is model
     model.fit(np.ones([4, 3]), np.ones([4, 1]), batch_size=1, verbose=0)
     assert int(model.optimizer.iterations) == 2
+
+
+def assert_goes_on_alike(model, *data, tolerance=1e-9):
+    """One batch a window: the copy takes the step that the source takes."""
+    start = cases.weights_of(model)
+    copy = ga.make_accumulating(model, 1)
+    for each in (model, copy):
+        each.train_on_batch(*data)
+    cases.assert_same_weights(copy, model, start, tolerance)
+    return copy
+
+
+def test_a_layer_inside_and_outside_of_a_nested_model(float64):
+    """A layer that is shared with nested models is one layer in the copy, too."""
+    shared = layers.Dense(3, "tanh")
+    inner_inputs = tf_keras.Input([3])
+    inner = tf_keras.Model(inner_inputs, shared(shared(inner_inputs)))
+    inputs = tf_keras.Input([3])
+    model = tf_keras.Model(inputs, layers.Dense(1)(inner(shared(inputs))))
+    model.compile(tf_keras.optimizers.SGD(0.1), "mse")
+    assert_goes_on_alike(model, np.ones([2, 3]), np.ones([2, 1]))
+
+
+def test_the_states_of_stateful_layers_come_along(float64):
+    """A stateful recurrent layer goes on where it was."""
+    model = tf_keras.Sequential(
+        [tf_keras.Input([2, 3], batch_size=4), layers.LSTM(2, stateful=True), layers.Dense(1)]
+    )
+    model.compile(tf_keras.optimizers.SGD(0.1), "mse")
+    x = np.random.default_rng(0).normal(size=[4, 2, 3])
+    model.train_on_batch(x, np.ones([4, 1]))
+    assert_goes_on_alike(model, x, np.ones([4, 1]))
+
+
+def test_transformers_of_legacy_optimizers_come_along(float64):
+    """What a legacy optimizer is given beside its config acts in the copy."""
+
+    def halved(pairs):
+        return [(gradient / 2, variable) for gradient, variable in pairs]
+
+    model = small()
+    model.compile(cases.legacy.SGD(0.1, gradient_transformers=[halved]), "mse")
+    assert_goes_on_alike(model, np.ones([2, 3]), np.ones([2, 1]))
+
+
+def test_frozen_after_compile(float64):
+    """`trainable` set after `compile` waits for the next one, as in plain tf_keras."""
+    model = small(optimizer=tf_keras.optimizers.SGD(0.1), loss="mse")
+    model.layers[0].trainable = False
+    start = cases.weights_of(model)
+    copy = ga.make_accumulating(model, 1)
+    for each in (model, copy):
+        each.fit(np.ones([2, 3]), np.ones([2, 1]), verbose=0)
+    cases.assert_same_weights(copy, model, start, 1e-9)
+
+
+class Tuned(tf_keras.Model):
+    alpha = 1.0
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return self.alpha * super().compute_loss(x, y, y_pred, sample_weight)
+
+
+def test_attributes_of_a_models_own_come_along(float64):
+    """Plain values that were set on a model of the user's class are copied, others refused."""
+    inputs = tf_keras.Input([3])
+    model = Tuned(inputs, layers.Dense(1)(inputs))
+    model.alpha = 0.1
+    model.compile(tf_keras.optimizers.SGD(0.1), "mse")
+    copy = assert_goes_on_alike(model, np.ones([2, 3]), np.ones([2, 1]))
+    assert isinstance(copy, Tuned)
+    model.teacher = small()
+    with pytest.raises(ValueError, match="its attribute 'teacher' is in no config"):
+        ga.make_accumulating(model, 1)
+
+
+def test_names_of_metrics_of_several_outputs():
+    """Metrics that tf_keras has renamed are given their first names, whatever these are."""
+    inputs = tf_keras.Input([3])
+    outputs = {name: layers.Dense(1, name=name)(inputs) for name in ("a", "a_b")}
+    model = tf_keras.Model(inputs, outputs)
+    mean = tf_keras.metrics.MeanAbsoluteError
+    model.compile(
+        "sgd", "mse",
+        metrics={"a": [mean("weighted_x"), mean("mae")], "a_b": [mean("b_mae")]},
+        weighted_metrics={"a": [mean("mae"), mean("weighted_y")], "a_b": [mean("mae")]},
+    )  # fmt: skip
+    data = np.ones([2, 3]), {name: np.ones([2, 1]) for name in outputs}
+    model.fit(*data, verbose=0)
+    copy = ga.make_accumulating(model, 2)
+    copy.fit(*data, verbose=0)
+    assert copy.metrics_names == model.metrics_names
+
+
+def refused(model, text):
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(text)} Pass inplace=True: it copies nothing.$"
+    ):
+        ga.make_accumulating(model, 2)
+
+
+class Bare(layers.Layer):
+    def __init__(self, width):
+        super().__init__(name="bare")
+        self.width = width
+
+    def call(self, inputs):
+        return inputs
+
+
+class OwnCompile(tf_keras.Model):
+    def compile(self, rate):
+        super().compile(tf_keras.optimizers.SGD(rate), "mse")
+
+
+class WithoutConfig(tf_keras.Model):
+    def __init__(self, layer):
+        super().__init__(name="model")
+        self.layer = layer
+
+
+class WithoutConfigMetric(tf_keras.metrics.Mean):
+    def __init__(self, other):
+        super().__init__("odd")
+
+
+def test_each_part_that_cannot_be_copied_has_its_line():
+    """The line names the part, and inplace=True is the way out."""
+    refused(
+        tf_keras.Sequential([tf_keras.Input([3]), Bare(object())]),
+        "A model must have layers that can be made from their configs to be copied; got Bare "
+        "'bare', which cannot.",
+    )
+    refused(
+        WithoutConfig(layers.Dense(1)),
+        "A model must define get_config to be copied; got WithoutConfig 'model' without one.",
+    )
+    inputs = tf_keras.Input([3])
+    own = OwnCompile(inputs, layers.Dense(1)(inputs), name="model")
+    own.compile(0.1)
+    refused(
+        own,
+        "A model must have tf_keras's own compile to be copied; got OwnCompile 'model' with one "
+        "of its own.",
+    )
+    refused(
+        small(optimizer="sgd", loss="mse", metrics=[WithoutConfigMetric(1)]),
+        "A model must be compiled with objects that can be made from their configs to be copied; "
+        "got WithoutConfigMetric 'odd', which cannot.",
+    )
+    optimizer = tf_keras.optimizers.Adam()
+    other = tf.Variable([1.0], name="other")
+    shared = small()
+    optimizer.build([*shared.trainable_variables, other])
+    shared.compile(optimizer, "mse")
+    with pytest.raises(ValueError, match="must have its optimizer to itself to be copied"):
+        ga.make_accumulating(shared, 2)
+
+
+def test_a_model_that_holds_a_converted_one_is_refused():
+    """Windows within windows are refused by name."""
+    inner = ga.make_accumulating(small(optimizer="sgd", loss="mse"), 2)
+    model = tf_keras.Sequential([tf_keras.Input([3]), inner], name="outer")
+    with pytest.raises(ValueError, match=r"must hold no converted model; got .* in 'outer'"):
+        ga.make_accumulating(model, 2)
 
 
 def test_batch_norm_is_named_in_a_warning():

@@ -508,7 +508,7 @@ MISFITS = [
         ValueError,
         (
             "ClipByAGC.axes['head/kernel:0'] must be axes of head/kernel:0, which has 2; got (2,). "
-            "Count them from 0."
+            "Count them from 0, each once."
         ),
     ),
 ]

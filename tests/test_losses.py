@@ -72,18 +72,29 @@ def test_every_reduction(float64, loss, windows):
     cases.assert_law(LOSSES[loss](), SGD, cases.WINDOWS[windows], 1e-9)
 
 
-def sequences(loss, loss_mask=True, rank=3):
+def test_a_sum_without_its_target(float64):
+    """An output whose target is absent has no loss, as in plain tf_keras."""
+    case = two_outputs("mse", mse(Reduction.SUM))
+    case.model.compile(SGD(), case.compile["loss"])
+    model = ga.make_accumulating(case.model, 1)
+    x, (a, _) = case.batch(np.random.default_rng(0), 4)
+    start = cases.weights_of(model)
+    for each in (model, case.model):
+        each.train_on_batch(x, [a, None])
+    cases.assert_same_weights(model, case.model, start, 1e-9)
+
+
+def sequences(masked=True):
     """Sequences of differing lengths, masked, or not masked and of one length a micro-batch."""
     inputs = tf_keras.Input([None, 3])
-    hidden = layers.Masking()(inputs) if loss_mask else inputs
-    model = tf_keras.Model(inputs, layers.Dense(2, "tanh")(hidden))
-    return model, loss
+    hidden = layers.Masking()(inputs) if masked else inputs
+    return tf_keras.Model(inputs, layers.Dense(2, "tanh")(hidden))
 
 
 def test_a_masked_mean_counts_valid_elements(float64):
     """Micro-batches of other lengths and other shares of padding weigh what is valid in them."""
-    model, loss = sequences("mse")
-    model.compile(SGD(), loss)
+    model = sequences()
+    model.compile(SGD(), "mse")
     start = cases.weights_of(model)
     copy = ga.make_accumulating(model, accum_steps=3)
     rng = np.random.default_rng(0)
@@ -100,8 +111,8 @@ def test_a_masked_mean_counts_valid_elements(float64):
 
 def test_an_unmasked_mean_counts_elements(float64):
     """Of micro-batches with other sequence lengths, each weighs rows times length."""
-    model, loss = sequences("mse", loss_mask=False)
-    model.compile(tf_keras.optimizers.SGD(0.1), loss)
+    model = sequences(masked=False)
+    model.compile(tf_keras.optimizers.SGD(0.1), "mse")
     copy = ga.make_accumulating(model, accum_steps=2)
     rng = np.random.default_rng(0)
     batches = [
@@ -173,8 +184,8 @@ def masked_batch(valid):
 
 def test_a_micro_batch_without_valid_elements_changes_nothing(float64):
     """It adds nothing to its window, and no NaN."""
-    model, loss = sequences("mse")
-    model.compile(SGD(), loss)
+    model = sequences()
+    model.compile(SGD(), "mse")
     start = cases.weights_of(model)
     copy = ga.make_accumulating(model, accum_steps=3)
     for valid in (False, True, False):
@@ -189,8 +200,8 @@ def test_a_micro_batch_without_valid_elements_changes_nothing(float64):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_window_that_weighs_nothing_makes_no_update(batch, steps):
     """Not the weights, nor the slots, nor the count of updates are changed."""
-    model, loss = sequences("mse")
-    model.compile(tf_keras.optimizers.Adam(0.1), loss)
+    model = sequences()
+    model.compile(tf_keras.optimizers.Adam(0.1), "mse")
     model = ga.make_accumulating(model, accum_steps=steps)
     for _ in range(steps):
         model.train_on_batch(*masked_batch(True))  # so that there are moments to decay

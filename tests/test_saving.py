@@ -119,6 +119,39 @@ def test_checkpoints_keep_a_partial_window(tmp_path):
     tf.nest.map_structure(np.testing.assert_array_equal, one.get_weights(), other.get_weights())
 
 
+def test_a_window_restored_before_any_step(tmp_path):
+    """It goes on with the next step; a flush before that says what it needs."""
+    case = cases.dense()
+    case.model.compile("adam", "mse")
+    batches = cases.make_batches(case, [[4, 3]])[0]
+    one, other, third = (ga.make_accumulating(case.model, 2) for _ in range(3))
+    fresh = tf.train.Checkpoint(one).save(str(tmp_path / "fresh"))
+    one.train_on_batch(*batches[0])
+    path = tf.train.Checkpoint(one).save(str(tmp_path / "partial"))
+    tf.train.Checkpoint(other).restore(path)
+    assert other.pending_micro_batches == 1
+    with pytest.raises(RuntimeError, match="flush must follow a training step; got 1 micro-batch"):
+        other.flush()
+    for model in (one, other):
+        model.train_on_batch(*batches[1])
+    tf.nest.map_structure(np.testing.assert_array_equal, one.get_weights(), other.get_weights())
+    third.train_on_batch(*batches[0])
+    tf.train.Checkpoint(third).restore(fresh)
+    assert third.pending_micro_batches == 0
+
+
+def test_looking_for_tf_keras_does_not_undo_the_registration():
+    """Whoever asks where tf_keras is, before it is imported, changes nothing."""
+    script = """
+import ga_transform, importlib.util, pkgutil
+assert importlib.util.find_spec("tf_keras") is not None
+import tf_keras
+assert "AccumulatingSequential" in tf_keras.utils.get_custom_objects()
+assert pkgutil.get_data("tf_keras", "__init__.py")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
 def count_rows(batch):
     return tf.shape(batch[0])[0]
 

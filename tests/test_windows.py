@@ -230,12 +230,21 @@ def test_sources_of_data(source, steps_per_execution):
     assert (model.pending_micro_batches, updates(model)) == (0, 2)
 
 
-def test_unknown_length_counts_right_over_epochs():
-    """Where a pipeline runs out in the middle of a call, no update is counted too many."""
-    for steps in (1, 4):
-        model = converted(steps)
-        model.fit(pipeline(), epochs=3, verbose=0)
-        assert updates(model) == 3 * -(-6 // steps)
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_unknown_length_counts_right_over_epochs(float64, steps):
+    """Where a pipeline runs out in the middle of a call, nothing is counted too many."""
+    model = plain("adam")
+    copies = [ga.make_accumulating(model, steps) for _ in range(2)]
+    for copy, source in zip(copies, ("unknown length", "known length")):
+        for _ in range(2):
+            copy.fit(**SOURCES[source](), verbose=0)
+        assert (copy.pending_micro_batches, updates(copy)) == (0, 2 * -(-6 // steps))
+    tf.nest.map_structure(
+        np.testing.assert_array_equal, copies[0].get_weights(), copies[1].get_weights()
+    )
+    carrying = converted(steps, remainder="carry")
+    carrying.fit(pipeline(), verbose=0)
+    assert carrying.pending_micro_batches == 6 % steps
 
 
 def test_initial_epoch():
@@ -354,3 +363,162 @@ def test_finite_checks_of_a_loss_scale_skip_a_window():
     model.fit(x, y, batch_size=2, verbose=0)
     assert np.all(np.isfinite(np.concatenate([w.ravel() for w in model.get_weights()])))
     assert any(np.any(a != b) for a, b in zip(before, model.get_weights()))
+
+
+# ---- traces that differ --------------------------------------------------------------------
+
+
+def two_heads():
+    inputs = tf_keras.Input([3])
+    heads = {name: layers.Dense(1, name=name)(inputs) for name in "ab"}
+    model = tf_keras.Model(inputs, heads)
+    model.compile("sgd", {"a": "mse", "b": "mse"})
+    return model
+
+
+def test_a_head_that_gets_its_first_gradient_later():
+    """Batches with targets for one head or the other share windows: each head gets its own."""
+    model = ga.make_accumulating(two_heads(), 3)
+    before = {v.name: v.numpy() for v in model.variables}
+    x, y = rows(2)
+    for name in "aba":
+        model.train_on_batch(x, {name: y})
+    assert updates(model) == 1
+    moved = {v.name: v.numpy() - before[v.name] for v in model.variables}
+    for name in "ab":
+        kernel = before[f"{name}/kernel:0"]
+        gradient = 2 * x.T @ (x @ kernel - y) / 2
+        share = 2 / 3 if name == "a" else 1 / 3  # of the window's rows
+        np.testing.assert_allclose(moved[f"{name}/kernel:0"], -0.01 * share * gradient, rtol=1e-4)
+    model.train_on_batch(x, {"b": y})
+    model.train_on_batch(x, {"b": y})
+    before = {v.name: v.numpy() for v in model.variables}
+    model.flush()
+    np.testing.assert_array_equal(model.get_layer("a").kernel, before["a/kernel:0"])
+    assert np.any(model.get_layer("b").kernel != before["b/kernel:0"])
+
+
+def test_xla_switched_on_between_epochs():
+    """`jit_compile` can be set after training with slices has begun."""
+    case = cases.words()
+    case.model.compile("adam", **case.compile)
+    model = ga.make_accumulating(case.model, 2)
+    batch = case.batch(np.random.default_rng(0), 4)
+    for jit_compile in (False, True):
+        model.jit_compile = jit_compile
+        model.fit(*batch, batch_size=2, verbose=0)
+    assert updates(model) == 2
+
+
+def test_another_optimizer_starts_a_new_window():
+    """What is pending for an optimizer that is replaced is dropped, and said so."""
+    model = converted(4)
+    model.train_on_batch(*rows(2))
+    model.optimizer = tf_keras.optimizers.Adam()
+    with pytest.warns(UserWarning, match="discarded 1 pending micro-batches"):
+        assert model.pending_micro_batches == 0
+
+
+# ---- models of the user's own class --------------------------------------------------------
+
+
+class OwnFit(tf_keras.Model):
+    def fit(self, *args, **kwargs):
+        return super().fit(*args, **kwargs)
+
+
+class FitWithoutCallbacks(tf_keras.Model):
+    def fit(self, x, y):
+        return super().fit(x, y, batch_size=1, verbose=0)
+
+
+@pytest.mark.parametrize("model_class", [OwnFit, FitWithoutCallbacks])
+def test_a_fit_of_ones_own_is_flushed(model_class):
+    """Whatever its signature, an epoch's partial window is settled."""
+    inputs = tf_keras.Input([3])
+    model = model_class(inputs, layers.Dense(1)(inputs))
+    model.compile("sgd", "mse")
+    ga.make_accumulating(model, 4, inplace=True)
+    model.fit(*rows(6), **({"batch_size": 1, "verbose": 0} if model_class is OwnFit else {}))
+    assert (model.pending_micro_batches, updates(model)) == (0, 2)
+
+
+class TwoTurns(tf_keras.Model):
+    """Applies its optimizer to one half of the variables, then to the other."""
+
+    def train_step(self, data):
+        x, y = data
+        for part in (self.trainable_variables[:2], self.trainable_variables[2:]):
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            self.optimizer.apply_gradients(zip(tape.gradient(loss, part), part))
+        return {"loss": loss}
+
+
+def test_an_optimizer_that_is_called_twice_a_step(float64):
+    """Each call of a step has a window of its own, so that each makes its updates."""
+
+    def build():
+        tf_keras.utils.set_random_seed(1)
+        inputs = tf_keras.Input([3])
+        model = TwoTurns(inputs, layers.Dense(1)(layers.Dense(4, "tanh")(inputs)))
+        optimizer = tf_keras.optimizers.SGD(0.1)
+        optimizer.build(model.trainable_variables)
+        model.compile(optimizer, "mse")
+        return model
+
+    model, ours = build(), ga.make_accumulating(build(), 2, inplace=True)
+    start = cases.weights_of(model)
+    x, y = rows(8)
+    ours.fit(x, y, batch_size=2, shuffle=False, verbose=0)
+    x, y = tf.constant(x), tf.constant(y)
+    # The second gradient of a window is taken before its first update, as in each micro-batch.
+    assert (updates(ours), ours.pending_micro_batches) == (4, 0)
+    first, second = model.trainable_variables[:2], model.trainable_variables[2:]
+    for rows_ in (slice(0, 4), slice(4, 8)):
+        middle = [slice(rows_.start, rows_.start + 2), slice(rows_.start + 2, rows_.stop)]
+        with tf.GradientTape(persistent=True) as tape:
+            loss = model.compute_loss(x[rows_], y[rows_], model(x[rows_]))
+            head = model.compute_loss(x[middle[0]], y[middle[0]], model(x[middle[0]])) / 2
+        gradients = tape.gradient(loss, first)
+        gradients_of_head = tape.gradient(head, second)
+        for variable, gradient in zip(first, gradients):
+            variable.assign_sub(0.1 * gradient)
+        with tf.GradientTape() as tape:
+            rest = model.compute_loss(x[middle[1]], y[middle[1]], model(x[middle[1]])) / 2
+        for variable, a, b in zip(second, gradients_of_head, tape.gradient(rest, second)):
+            variable.assign_sub(0.1 * (a + b))
+    cases.assert_same_weights(ours, model, start, 1e-7)
+
+
+class Hidden(tf_keras.Model):
+    """Keeps its optimizer where nobody finds it."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        HIDDEN[0].apply_gradients(zip(gradients, self.trainable_variables))
+        return {"loss": loss}
+
+
+HIDDEN = []
+
+
+def test_a_step_that_hands_over_nothing_is_named():
+    """Where no optimizer of the model is handed gradients, a warning says so."""
+    HIDDEN[:] = [tf_keras.optimizers.SGD()]
+    inputs = tf_keras.Input([3])
+    model = Hidden(inputs, layers.Dense(1)(inputs))
+    model.compile("sgd", "mse")
+    ga.make_accumulating(model, 4, inplace=True)
+    with pytest.warns(ga.InexactWarning, match="handed no gradients to an optimizer of the model"):
+        model.train_on_batch(*rows(2))
+
+
+def test_flush_within_a_function_is_refused():
+    """`flush` is a call of Python's, and says so inside a `tf.function`."""
+    model = converted(4)
+    with pytest.raises(RuntimeError, match=r"^flush must be called outside a tf\.function; "):
+        tf.function(model.flush, autograph=False)()

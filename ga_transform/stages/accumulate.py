@@ -82,7 +82,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         weight: tf.Tensor,
         iterations: Any,
         update: Update,
-    ) -> None:
+    ) -> bool:
         """Take in one micro-batch; where it is the window's last, make the update.
 
         Args:
@@ -91,13 +91,16 @@ class Window(AutoTrackable):  # type: ignore[misc]
             weight: The micro-batch's weight, of which `relative` was taken.
             iterations: The optimizer's count of updates, for a schedule.
             update: Makes the update, if the window weighs anything.
+
+        Returns:
+            Whether a variable that had no gradient in earlier traces has one in this, of which
+            those know nothing.
         """
         if self.is_single:
             _finish(variables, shares, update)
-            return
+            return False
         given = {share.kind: share for share in shares}
-        for share in shares:
-            self._open(share)
+        grown = [self._open(share, variables) for share in shares]
 
         def store() -> tf.Tensor:
             def put() -> tf.Tensor:
@@ -124,6 +127,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
             return tf.constant(0)
 
         tf.cond(self.micro_batches + 1 >= self._steps_at(iterations), finish, store)
+        return any(grown)
 
     def flush(
         self,
@@ -154,13 +158,17 @@ class Window(AutoTrackable):  # type: ignore[misc]
         )
         return tf.gather(tf.constant(self._steps, tf.int64), tf.reduce_sum(started) - 1)
 
-    def _open(self, share: Share) -> None:
-        """See to it that there is a book of the share's kind, with a sum for each gradient."""
+    def _open(self, share: Share, variables: Sequence[tf.Variable]) -> bool:
+        """See to it that there is a book of the share's kind, with a sum for each gradient.
+
+        Returns:
+            Whether the book has been in use without one of them.
+        """
         book = self._books.get(share.kind)
         if book is None:
             book = self._books[share.kind] = _Book(share.kind)
             setattr(self, f"{share.kind}_book", book)  # checkpointed under this name
-        book.open(share, self._keep_sparse)
+        return bool(book.open(share, variables, self._keep_sparse))
 
 
 class _Book(AutoTrackable):  # type: ignore[misc]
@@ -169,21 +177,35 @@ class _Book(AutoTrackable):  # type: ignore[misc]
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._sums = self._no_dependency({})
+        self._idle = self._no_dependency(set())
         with tf.init_scope():
             self.weight = tf.Variable(0, trainable=False, dtype=tf.float64)
 
-    def open(self, share: Share, keep_sparse: bool) -> None:
-        """See to it that each gradient of the share has a sum."""
-        for reference, gradient in share.gradients.items():
+    def open(self, share: Share, variables: Sequence[tf.Variable], keep_sparse: bool) -> bool:
+        """See to it that each gradient of the share has a sum.
+
+        A variable without a gradient gets one too, which idles: variables can be made in the
+        first trace of a function only, and another trace may have a gradient for it.
+
+        Returns:
+            Whether a sum that idled in earlier traces does so no more.
+        """
+        for variable in variables:
+            reference = variable.ref()
             if reference in self._sums:
                 continue
+            gradient = share.gradients.get(reference)
             sparse = keep_sparse and isinstance(gradient, tf.IndexedSlices)
+            dtype = widened(variable if gradient is None else gradient).dtype
             with tf.init_scope():
-                new = (_SparseSum if sparse else _DenseSum)(
-                    reference.deref().shape, widened(gradient).dtype
-                )
+                new = (_SparseSum if sparse else _DenseSum)(variable.shape, dtype)
             setattr(self, f"sum_{len(self._sums)}", new)  # checkpointed under this name
             self._sums[reference] = new
+            if gradient is None:
+                self._idle.add(reference)
+        woken = self._idle & share.gradients.keys()
+        self._idle.difference_update(woken)
+        return bool(woken)
 
     def put(self, share: Optional[Share]) -> None:
         """Write a share over whatever is stored."""
@@ -204,6 +226,7 @@ class _Book(AutoTrackable):  # type: ignore[misc]
         gradients = {
             reference: stored.plus(given[reference]) if reference in given else stored.read()
             for reference, stored in self._sums.items()
+            if reference not in self._idle
         }
         weight = self.weight.read_value()
         return Share(self.kind, gradients, weight if latest is None else weight + latest.weight)

@@ -40,14 +40,17 @@ def check_patterns(spec: ClipByAGC, model: Any) -> None:
                     did_you_mean(pattern, known),
                 )
     for names, variable in named:
+        rank = variable.shape.rank
         for pattern, axes in spec.axes.items():
-            rank = variable.shape.rank
-            if _matches(names, [pattern]) and not all(-rank <= axis < rank for axis in axes):
+            inside = all(-rank <= axis < rank for axis in axes)
+            if _matches(names, [pattern]) and not (
+                inside and len({axis % rank for axis in axes}) == len(axes)
+            ):
                 raise wrong_value(
                     f"ClipByAGC.axes[{pattern!r}]",
                     f"axes of {variable.name}, which has {rank}",
                     axes,
-                    "Count them from 0.",
+                    "Count them from 0, each once.",
                 )
 
 
@@ -56,6 +59,7 @@ def clip_by_agc(
     spec: ClipByAGC, gradients: Sequence[Gradient], variables: Sequence[tf.Variable], model: Any
 ) -> list[Gradient]:
     """Clip each unit's gradient to `spec.clip_factor` times the norm of its weights."""
+    check_patterns(spec, model)  # a model that was not built at conversion is built by now
     axes_of = unit_axes(spec, model)
     clipped = []
     for gradient, variable in zip(gradients, variables):
