@@ -9,7 +9,8 @@ import attrs
 
 from ga_transform import specs
 from ga_transform.errors import did_you_mean, shown, wrong_type, wrong_value
-from ga_transform.specs import Accumulate, Split, Transform, _encode
+from ga_transform.fields import encode
+from ga_transform.specs import Accumulate, Split, Transform
 
 __all__ = ["Chain", "register_kind"]
 
@@ -19,7 +20,7 @@ _VERSION = 1
 _SPECS = [getattr(specs, name) for name in specs.__all__]
 #: The name of a spec in a config -> its class. Only these can be read from a file.
 _KINDS: dict[str, type[Transform]] = {
-    spec.__name__: spec for spec in _SPECS if issubclass(spec, Transform) and spec is not Transform
+    spec.__name__: spec for spec in _SPECS if spec is not Transform
 }
 
 
@@ -28,6 +29,8 @@ def register_kind(spec_class: type[Transform], package: str) -> None:
 
     A class that is defined again (a notebook cell run twice) takes the place of the first.
     """
+    if spec_class in _SPECS:
+        return
     _KINDS[f"{package}>{spec_class.__name__}"] = spec_class
 
 
@@ -187,8 +190,8 @@ def _spec_to_config(spec: Transform) -> dict[str, Any]:
     config: dict[str, Any] = {"kind": _kind(type(spec)), "version": spec.version}
     for field in attrs.fields(type(spec)):
         if field.init:
-            encode = field.metadata.get("encode", _encode)
-            config[field.name] = encode(getattr(spec, field.name))
+            to_json = field.metadata.get("encode", encode)
+            config[field.name] = to_json(getattr(spec, field.name))
     return config
 
 

@@ -71,6 +71,8 @@ def make_accumulating(
         TypeError: The model is no `tf_keras.Model`, or an argument has a wrong type.
         ValueError: An argument or the chain breaks a rule, or the model is converted already
             or cannot be copied.
+        NotImplementedError: This version does not carry out what is asked for: `Split`,
+            `Precision`, `BatchNorm`, `on_nonfinite="micro_batch"`, or several devices.
 
     Example:
         >>> import tf_keras, ga_transform as ga

@@ -17,7 +17,7 @@ from ga_transform._keras import flatten_layers, output_layers
 from ga_transform.errors import did_you_mean, wrong_value
 from ga_transform.numerics import Gradient, map_values, unitwise_norm
 from ga_transform.specs import ClipByAGC
-from ga_transform.stages import register_transform
+from ga_transform.stages.registry import register_transform
 
 __all__ = ["clip_by_agc", "unit_axes"]
 
@@ -54,7 +54,7 @@ def check_patterns(spec: ClipByAGC, model: Any) -> None:
                 )
 
 
-@register_transform(ClipByAGC, package="ga_transform", check=check_patterns)
+@register_transform(ClipByAGC, check=check_patterns)
 def clip_by_agc(
     spec: ClipByAGC, gradients: Sequence[Gradient], variables: Sequence[tf.Variable], model: Any
 ) -> list[Gradient]:

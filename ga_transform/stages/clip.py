@@ -13,12 +13,12 @@ import tensorflow as tf
 
 from ga_transform.numerics import Gradient, global_norm, map_values, squared_norm
 from ga_transform.specs import ClipByGlobalNorm, ClipByNorm, ClipByValue
-from ga_transform.stages import register_transform
+from ga_transform.stages.registry import register_transform
 
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value"]
 
 
-@register_transform(ClipByGlobalNorm, package="ga_transform")
+@register_transform(ClipByGlobalNorm)
 def clip_by_global_norm(
     spec: ClipByGlobalNorm,
     gradients: Sequence[Gradient],
@@ -30,7 +30,7 @@ def clip_by_global_norm(
     return [_limited(gradient, norm, spec.max_norm) for gradient in gradients]
 
 
-@register_transform(ClipByNorm, package="ga_transform")
+@register_transform(ClipByNorm)
 def clip_by_norm(
     spec: ClipByNorm, gradients: Sequence[Gradient], variables: Sequence[tf.Variable], model: Any
 ) -> list[Gradient]:
@@ -40,7 +40,7 @@ def clip_by_norm(
     ]
 
 
-@register_transform(ClipByValue, package="ga_transform")
+@register_transform(ClipByValue)
 def clip_by_value(
     spec: ClipByValue, gradients: Sequence[Gradient], variables: Sequence[tf.Variable], model: Any
 ) -> list[Gradient]:

@@ -9,12 +9,12 @@ import tensorflow as tf
 
 from ga_transform.numerics import Gradient, map_values
 from ga_transform.specs import Scale
-from ga_transform.stages import register_transform
+from ga_transform.stages.registry import register_transform
 
 __all__ = ["scale"]
 
 
-@register_transform(Scale, package="ga_transform")
+@register_transform(Scale)
 def scale(
     spec: Scale, gradients: Sequence[Gradient], variables: Sequence[tf.Variable], model: Any
 ) -> list[Gradient]:
