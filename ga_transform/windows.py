@@ -37,16 +37,17 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self._updates = self._no_dependency({})
         self._flushes = self._no_dependency({})
         self._has_warned = False
-        for optimizer in _keras.optimizers_of(model):
+        optimizers = _keras.optimizers_of(model)
+        self._optimizers = frozenset(map(id, optimizers))
+        for optimizer in optimizers:
             self.open(optimizer)
 
     def belong_to(self, model: Any) -> bool:
         """Whether the model is compiled as it was, with optimizers that it still has."""
-        held = {id(optimizer) for optimizer in _keras.optimizers_of(model)}
         return (
             self._compiled_loss is model.compiled_loss
             and self._jit_compile == model.jit_compile
-            and held >= {optimizer for optimizer, _ in self._windows}
+            and self._optimizers <= set(map(id, _keras.optimizers_of(model)))
         )
 
     @property

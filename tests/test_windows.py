@@ -297,6 +297,41 @@ def test_callbacks_see_what_a_plain_model_shows(tmp_path, float64):
     model.load_weights(tmp_path / "ours" / "best.weights.h5")
 
 
+def test_backup_and_restore_goes_on_as_if_undisturbed(tmp_path, float64):
+    """A training that dies between epochs and is started again ends with the same weights."""
+
+    class Die(tf_keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise RuntimeError
+
+    x, y = rows(10)
+    options = {"batch_size": 2, "epochs": 4, "shuffle": False, "verbose": 0}
+    source = plain("adam")
+    undisturbed, dying, restarted = (ga.make_accumulating(source, 2) for _ in range(3))
+    undisturbed.fit(x, y, **options)
+    backup = tf_keras.callbacks.BackupAndRestore(str(tmp_path))
+    with pytest.raises(RuntimeError):
+        dying.fit(x, y, callbacks=[backup, Die()], **options)
+    backup = tf_keras.callbacks.BackupAndRestore(str(tmp_path))
+    restarted.fit(x, y, callbacks=[backup], **options)
+    tf.nest.map_structure(
+        np.testing.assert_array_equal, restarted.get_weights(), undisturbed.get_weights()
+    )
+    assert updates(restarted) == updates(undisturbed) == 4 * 3
+
+
+def test_terminate_on_nan_stops():
+    """A loss that is no number ends the training at its batch."""
+    model = converted(4)
+    x, y = rows(8)
+    x[2] = np.nan
+    stop = tf_keras.callbacks.TerminateOnNaN()
+    model.fit(x, y, batch_size=1, epochs=3, shuffle=False, verbose=0, callbacks=[stop])
+    assert model.stop_training
+    assert int(model._train_counter) == 3
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_interruption_leaves_a_model_that_goes_on(float64, error):
     """After Ctrl-C or an exception in an epoch, the window goes on where it was."""

@@ -37,7 +37,7 @@ class Share(NamedTuple):
     kind: str
     #: By variable reference; multiplied by `weight` already, where the kind is `MEAN`.
     gradients: Mapping[Any, Gradient]
-    #: Shape: scalar, float64.
+    #: In units of the window's first micro-batch. Shape: scalar, float64.
     weight: tf.Tensor
 
 
