@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from ga_transform import _keras
 from ga_transform.errors import wrong_value
-from ga_transform.numerics import Gradient, added, map_values, values_of, widened
+from ga_transform.numerics import Gradient, added, map_values, widened
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Share
 from ga_transform.weighting import (
@@ -184,12 +184,7 @@ class MicroStep:
 
         def add(shares: list[Share]) -> None:
             variables = [variable for _, variable in pairs]
-            # Tied to the gradients: when a pipeline runs out in the middle of a call, whatever
-            # does not depend on its data has been run by then, the count included.
-            values = [values_of(g) for share in shares for g in share.gradients.values()]
-            with tf.control_dependencies(values):
-                grown = window.add(variables, shares, weight, optimizer.iterations, update)
-            if grown:
+            if window.add(variables, shares, weight, optimizer.iterations, update):
                 self._windows.trace_again()
 
         share = Share(kind, by_reference, relative)

@@ -20,6 +20,7 @@ from ga_transform.numerics import (
     as_dense,
     as_slices,
     map_values,
+    values_of,
     widened,
 )
 from ga_transform.weighting import MEAN
@@ -96,9 +97,16 @@ class Window(AutoTrackable):  # type: ignore[misc]
             Whether a variable that had no gradient in earlier traces has one in this, of which
             those know nothing.
         """
+        # What decides is tied to the gradients: when a pipeline runs out in the middle of a call,
+        # whatever does not depend on its data has been run by then, and must not have counted.
+        values = [values_of(g) for share in shares for g in share.gradients.values()]
+        tied_to_gradients = tf.control_dependencies(values)
         if self.is_single:
-            _finish(variables, shares, update)
+            with tied_to_gradients:
+                _finish(variables, shares, update)
             return False
+        with tied_to_gradients:
+            is_last = self.micro_batches + 1 >= self._steps_at(iterations)
         given = {share.kind: share for share in shares}
         grown = [self._open(share, variables) for share in shares]
 
@@ -126,7 +134,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
                 self.flush(update, variables, given)
             return tf.constant(0)
 
-        tf.cond(self.micro_batches + 1 >= self._steps_at(iterations), finish, store)
+        tf.cond(is_last, finish, store)
         return any(grown)
 
     def flush(
