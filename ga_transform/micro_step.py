@@ -69,7 +69,8 @@ class MicroStep:
         self._data = data
         self._recorder = record_losses(model.compiled_loss)
         self._terms: list[LossTerm] = []
-        self._loss_weight: Optional[tf.Tensor] = None
+        #: The weight by which the loss is multiplied, and that in units of its window's first.
+        self._weighed_by: Optional[tuple[tf.Tensor, tf.Tensor]] = None
         self._held: Optional[_Held] = None
         #: How often each optimizer has been handed gradients in this step.
         self._turns: dict[int, int] = {}
@@ -108,10 +109,11 @@ class MicroStep:
         window = self._windows.open(self.model.optimizer)
         if self._kind() == SUM or window.is_single or self._windows.chain.micro_batch_stages:
             return loss
+        weight = self._weight()
         # Rounded as the loss is, so that sum and divisor hold the same weights.
-        weight = tf.cast(window.relative(self._weight()), loss.dtype)
-        self._loss_weight = tf.cast(weight, tf.float64)
-        return loss * weight
+        relative = tf.cast(window.relative(weight), loss.dtype)
+        self._weighed_by = weight, tf.cast(relative, tf.float64)
+        return loss * relative
 
     def losses_by_kind(self) -> dict[str, tf.Tensor]:
         """The loss as a sum and a mean, each weighed as its kind demands.
@@ -137,9 +139,11 @@ class MicroStep:
                     "SUM losses beside means (or beside add_loss and activity regularisers). "
                     "Move the stages after Accumulate."
                 )
-            self._loss_weight = window.relative(self._weight())
+            weight = self._weight()
+            relative = window.relative(weight)
+            self._weighed_by = weight, relative
             mean = _total(means + of_weights)
-            by_kind[MEAN] = mean * tf.cast(self._loss_weight, mean.dtype)
+            by_kind[MEAN] = mean * tf.cast(relative, mean.dtype)
         return by_kind
 
     # ---- the gradients -------------------------------------------------------------------
@@ -163,8 +167,11 @@ class MicroStep:
         if self._held is None:
             self._turns[id(optimizer)] += 1
         window = self._windows.open(optimizer, turn)
-        weight = self._weight()
-        relative = window.relative(weight) if self._loss_weight is None else self._loss_weight
+        if self._weighed_by is None:
+            weight = self._weight()
+            relative = window.relative(weight)
+        else:
+            weight, relative = self._weighed_by
         gradients = apply_stages(
             self._windows.chain.micro_batch_stages,
             [gradient for gradient, _ in pairs if gradient is not None],
@@ -172,7 +179,7 @@ class MicroStep:
             self.model,
         )
         kind = self._kind()
-        if kind == MEAN and self._loss_weight is None and not window.is_single:
+        if kind == MEAN and self._weighed_by is None and not window.is_single:
             gradients = [_times(gradient, relative) for gradient in gradients]
         by_reference: dict[Any, Gradient] = {}
         for gradient, variable in zip(gradients, present):
@@ -238,8 +245,9 @@ class MicroStep:
                 "stays the same."
             )
         sums = [term.output for term in self._terms if term.kind == SUM]
-        beside = len(sums) < len(self._terms) or activations or _keras.weight_losses(self.model)
-        if sums and beside and not self.has_kinds:
+        if not sums or self.has_kinds:
+            return
+        if len(sums) < len(self._terms) or activations or _keras.weight_losses(self.model):
             self._windows.warn_once(
                 f"{self.model.name}: the SUM loss of output {sums[0]!r} stands beside means or "
                 "regularisers in a train_step or compute_loss of the model's own, where they "
@@ -292,4 +300,8 @@ def _divert(optimizer: Any) -> None:
 def release_optimizers(model: Any) -> None:
     """Give a model's optimizers back their own `apply_gradients`."""
     for optimizer in _keras.optimizers_of(model):
-        vars(optimizer).pop("apply_gradients", None)
+        own = getattr(optimizer.apply_gradients, "undiverted", None)
+        if own is not None:
+            del optimizer.apply_gradients
+            if optimizer.apply_gradients != own:  # it was set on the object
+                optimizer.apply_gradients = own

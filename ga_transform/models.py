@@ -59,7 +59,7 @@ def become_accumulating(model: Any, chain: Chain) -> None:
     _set_chain(model, chain)
     model.train_function = None  # what is traced already does not accumulate
     if model._is_compiled:
-        model._windows  # noqa: B018  (so that a checkpoint taken before any step holds a count)
+        model._open_windows()  # so that a checkpoint taken before any step holds a count
 
 
 def become_plain(model: Any) -> None:

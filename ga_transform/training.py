@@ -30,10 +30,6 @@ from ga_transform.windows import Windows
 __all__ = ["Accumulating"]
 
 
-#: The methods of tf_keras's `Model` that decide what is differentiated.
-_OWN = ("train_step", "compute_loss")
-
-
 class Accumulating:
     """Stands in front of a tf_keras model class: its optimizers see windows, not batches."""
 
@@ -56,9 +52,14 @@ class Accumulating:
         Returns:
             What the model's own `train_step` returns.
         """
-        own = [_keras.is_keras_own(self, Accumulating, name) for name in _OWN]
+        usual_step = _keras.is_keras_own(self, Accumulating, "train_step")
+        usual_loss = _keras.is_keras_own(self, Accumulating, "compute_loss")
         with MicroStep(
-            self, self._windows, data, is_usual=all(own), differentiates_loss=own[0]
+            self,
+            self._open_windows(),
+            data,
+            is_usual=usual_step and usual_loss,
+            differentiates_loss=usual_step,
         ) as step:
             if step.has_kinds:
                 return self._train_step_by_kind(step, data)
@@ -89,7 +90,7 @@ class Accumulating:
     @property
     def pending_micro_batches(self) -> int:
         """How many micro-batches are accumulated and not yet applied."""
-        return self._windows.pending
+        return self._open_windows().pending
 
     def flush(self) -> int:
         """Apply a partial window now, with its own weights.
@@ -121,7 +122,7 @@ class Accumulating:
             )
         pending = self.pending_micro_batches
         if pending:
-            self._windows.flush()
+            self._open_windows().flush()
         return pending
 
     def discard(self) -> int:
@@ -131,11 +132,10 @@ class Accumulating:
             How many micro-batches it held.
         """
         pending = self.pending_micro_batches
-        self._windows.discard()
+        self._open_windows().discard()
         return pending
 
-    @property
-    def _windows(self) -> Windows:
+    def _open_windows(self) -> Windows:
         """The windows of the present `compile`; compiling again starts new ones."""
         windows = vars(self).get("_accumulation")
         # A SavedModel brings back a holder without a class.
