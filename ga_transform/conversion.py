@@ -23,7 +23,8 @@ from ga_transform.models import (
     become_plain,
     plain_class_of,
 )
-from ga_transform.specs import Accumulate, BatchNorm, ClipByAGC, Precision, Split, Transform
+from ga_transform.shorthands import chain_of
+from ga_transform.specs import Accumulate, BatchNorm, ClipByAGC, Precision, Transform
 from ga_transform.stages import check_stages
 
 __all__ = ["accumulating", "make_accumulating", "strip_accumulating"]
@@ -81,10 +82,17 @@ def make_accumulating(
         >>> ga.make_accumulating(model, accum_steps=8, agc=0.02).transforms
         Chain(Accumulate(steps=8) -> ClipByAGC(clip_factor=0.02))
     """
-    chain = _chain_of(
-        "make_accumulating", accum_steps, micro_batch_size, agc, precision, batch_norm,
-        transforms, remainder, whole_batch_loss,
-    )  # fmt: skip
+    chain = chain_of(
+        "make_accumulating",
+        transforms,
+        accum_steps=accum_steps,
+        micro_batch_size=micro_batch_size,
+        agc=agc,
+        precision=precision,
+        batch_norm=batch_norm,
+        remainder=remainder,
+        whole_batch_loss=whole_batch_loss,
+    )
     if not isinstance(inplace, bool):
         raise wrong_type(
             "make_accumulating.inplace", "True or False", inplace, "The default is False."
@@ -133,10 +141,17 @@ def accumulating(
             accum_steps,
             "Write the arguments, as @accumulating(accum_steps=8).",
         )
-    chain = _chain_of(
-        "accumulating", accum_steps, micro_batch_size, agc, precision, batch_norm,
-        transforms, remainder, whole_batch_loss,
-    )  # fmt: skip
+    chain = chain_of(
+        "accumulating",
+        transforms,
+        accum_steps=accum_steps,
+        micro_batch_size=micro_batch_size,
+        agc=agc,
+        precision=precision,
+        batch_norm=batch_norm,
+        remainder=remainder,
+        whole_batch_loss=whole_batch_loss,
+    )
 
     def decorate(build: Builder) -> Builder:
         if not callable(build) or isinstance(build, tf_keras.Model):
@@ -196,77 +211,6 @@ def strip_accumulating(model: Any, *, inplace: bool = False) -> Any:
         become_plain(model)
         return model
     return clone_with_state(model, plain_class_of(model))
-
-
-# ---- from the arguments to a chain -----------------------------------------------------------
-
-
-def _chain_of(
-    owner: str,
-    accum_steps: Optional[Steps],
-    micro_batch_size: Optional[int],
-    agc: Union[None, bool, float, ClipByAGC],
-    precision: Union[None, str, Precision],
-    batch_norm: Union[None, str, BatchNorm],
-    transforms: Union[None, Chain, Sequence[Transform]],
-    remainder: str,
-    whole_batch_loss: bool,
-) -> Chain:
-    """The chain that the arguments of a conversion stand for."""
-    shorthands = {
-        "accum_steps": accum_steps,
-        "micro_batch_size": micro_batch_size,
-        "agc": agc,
-        "precision": precision,
-        "batch_norm": batch_norm,
-        "remainder": None if remainder == "flush" else remainder,
-        "whole_batch_loss": None if whole_batch_loss is False else whole_batch_loss,
-    }
-    given = [name for name, value in shorthands.items() if value is not None]
-    if transforms is not None:
-        if given:
-            raise ValueError(
-                f"{owner} must be given transforms or shorthands, not both; got transforms and "
-                f"{', '.join(given)}. Put all of it into transforms."
-            )
-        if not isinstance(transforms, (list, tuple, Chain)):
-            raise wrong_type(
-                f"{owner}.transforms", "a Chain or a list of specs", transforms,
-                "For example [Accumulate(steps=8), ClipByAGC()].",
-            )  # fmt: skip
-        chain = Chain(*transforms)
-    else:
-        for name, needed in (
-            ("remainder", "accum_steps"),
-            ("whole_batch_loss", "micro_batch_size"),
-        ):
-            if name in given and needed not in given:
-                raise ValueError(
-                    f"{owner}.{name} must come with {needed}; got {name}={shorthands[name]!r} "
-                    f"alone. Give {needed} too."
-                )
-        specs = [
-            None if precision is None else _spec(Precision, precision),
-            None if batch_norm is None else _spec(BatchNorm, batch_norm),
-            None if micro_batch_size is None else Split(micro_batch_size, whole_batch_loss),
-            None if accum_steps is None else Accumulate(accum_steps, remainder=remainder),
-            ClipByAGC()
-            if agc is True
-            else None
-            if agc is None or agc is False
-            else _spec(ClipByAGC, agc),
-        ]
-        chain = Chain(*[spec for spec in specs if spec is not None])
-    if not len(chain):
-        raise ValueError(
-            f"{owner} must be asked for something to do; got nothing. For example accum_steps=8."
-        )
-    return chain
-
-
-def _spec(spec_class: type[Transform], value: Any) -> Transform:
-    """A shorthand's value as a spec: the spec itself, or its first field."""
-    return value if isinstance(value, spec_class) else spec_class(value)  # type: ignore[call-arg]
 
 
 # ---- from a model to one that accumulates ----------------------------------------------------
