@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops.control_flow_v2_func_graphs import WhileBodyFuncGraph
 from tf_keras import Model, Sequential, optimizers
+from tf_keras.layers import Layer
 from tf_keras.losses import Reduction
 from tf_keras.src.engine import data_adapter, functional
 from tf_keras.src.engine.base_layer_utils import REVIVED_LOSS_PLACEHOLDER
@@ -25,11 +27,16 @@ __all__ = [
     "Model",
     "Sequential",
     "activation_losses",
+    "averages_of",
+    "current_graph",
     "flatten_layers",
     "has_functional_init",
+    "has_own_gradients",
     "has_sum_losses",
+    "is_in_a_loop_within",
     "is_keras_own",
     "is_on_one_device",
+    "is_within_reach",
     "optimizers_of",
     "output_layers",
     "shared_by_replicas",
@@ -42,23 +49,58 @@ __all__ = [
 AutoTrackable = tf.__internal__.tracking.AutoTrackable
 
 _OPTIMIZERS = (optimizers.Optimizer, optimizers.legacy.Optimizer, BaseLossScaleOptimizer)
-
 unpack_x_y_sample_weight = data_adapter.unpack_x_y_sample_weight
-
-
 shared_by_replicas = losses_utils.scale_loss_for_distribution
 
 
 def optimizers_of(model: Any) -> list[Any]:
-    """The optimizers that a model and its layers hold, each once."""
+    """The optimizers that a model and its layers hold, by themselves or in containers."""
+    return _held_by(model, _is_optimizer)
+
+
+def averages_of(model: Any) -> list[Any]:
+    """The moving averages of weights that a model and its layers hold."""
+    return _held_by(model, lambda item: isinstance(item, tf.train.ExponentialMovingAverage))
+
+
+def _held_by(model: Any, is_wanted: Callable[[Any], bool]) -> list[Any]:
+    """The objects of a kind among the attributes of a model and its layers, each once."""
     found = {}
     for layer in model._flatten_layers():
         for value in vars(layer).values():
-            items = value.values() if isinstance(value, Mapping) else value
-            for item in items if isinstance(items, (Sequence, ValuesView)) else [value]:
-                if isinstance(item, _OPTIMIZERS):
+            for item in _items(value):
+                if is_wanted(item):
                     found[id(item)] = item
     return list(found.values())
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """A value, or what a container of containers holds."""
+    if isinstance(value, (str, bytes)):
+        return
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (Sequence, set)):
+        for item in value:
+            yield from _items(item)
+    else:
+        yield value
+
+
+def _is_optimizer(item: Any) -> bool:
+    """Whether an object is an optimizer of tf_keras, or can be called like one."""
+    if isinstance(item, _OPTIMIZERS):
+        return True
+    return callable(getattr(type(item), "apply_gradients", None)) and not isinstance(item, Layer)
+
+
+def has_own_gradients(optimizer: Any) -> bool:
+    """Whether an optimizer computes its gradients by a method that is not tf_keras's."""
+    for name in ("minimize", "compute_gradients", "_compute_gradients", "get_gradients"):
+        method = getattr(type(optimizer), name, None)
+        if method is not None and method.__module__.split(".")[0] != "tf_keras":
+            return True
+    return False
 
 
 def variable_key(optimizer: Any, variable: tf.Variable) -> str:
@@ -93,6 +135,31 @@ def has_sum_losses(model: Any) -> bool:
     return any(
         getattr(loss, "reduction", None) in (Reduction.SUM, Reduction.NONE) for loss in losses
     )
+
+
+def current_graph() -> Any:
+    """The graph that is traced, or the eager context's."""
+    return tf.compat.v1.get_default_graph()
+
+
+def is_within_reach(tensor: tf.Tensor) -> bool:
+    """Whether a tensor can be used here: not one of another branch or loop of the graph."""
+    if not hasattr(tensor, "graph"):  # it has a value
+        return True
+    graph = current_graph()
+    while graph is not None and graph is not tensor.graph:
+        graph = getattr(graph, "outer_graph", None)
+    return graph is not None
+
+
+def is_in_a_loop_within(outer: Any) -> bool:
+    """Whether what is traced stands in a TensorFlow loop of an outer graph."""
+    graph = current_graph()
+    while graph is not None and graph is not outer:
+        if isinstance(graph, WhileBodyFuncGraph):
+            return True
+        graph = getattr(graph, "outer_graph", None)
+    return False
 
 
 def flatten_layers(model: Any) -> list[Any]:

@@ -1,47 +1,31 @@
 """The micro-step: one forward and backward pass, from the batch to the window.
 
-While it is traced, its thread knows it (`current_step`). Through that the loss is weighed
+While it is traced, its thread knows it (`diversion.py`). Through that the loss is weighed
 before it is differentiated, which costs nothing, and the gradients are taken at the moment
 the model hands them to its optimizer, whatever the model did to get them.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
 import tensorflow as tf
 
 from ga_transform import _keras
-from ga_transform.errors import wrong_value
+from ga_transform.diversion import divert, running
+from ga_transform.loss_terms import MEAN, SUM, record_losses
 from ga_transform.numerics import Gradient, added, map_values, widened
 from ga_transform.stages import apply_stages
-from ga_transform.stages.accumulate import Share
-from ga_transform.weighting import (
-    MEAN,
-    SUM,
-    LossTerm,
-    count_rows,
-    disagreeing,
-    record_losses,
-)
+from ga_transform.stages.accumulate import Share, Window
+from ga_transform.weighting import Weighting
 from ga_transform.windows import Windows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["MicroStep", "current_step", "release_optimizers"]
-
-_running = threading.local()
-
-
-def current_step() -> Optional[MicroStep]:
-    """The micro-step of this thread; each replica of a strategy has a thread of its own."""
-    stack = getattr(_running, "stack", None)
-    return stack[-1] if stack else None
+__all__ = ["MicroStep"]
 
 
 class MicroStep:
@@ -62,36 +46,39 @@ class MicroStep:
         self.model = model
         #: The kind of loss that is differentiated at present, where kinds are kept apart.
         self.kind: Optional[str] = None
+        takes_loss_as_it_is = not _keras.has_own_gradients(getattr(model, "optimizer", None))
         #: Whether the losses are to be differentiated kind by kind.
-        self.has_kinds = is_usual and _keras.has_sum_losses(model)
-        self._differentiates_loss = differentiates_loss
+        self.has_kinds = is_usual and takes_loss_as_it_is and _keras.has_sum_losses(model)
+        self._differentiates_loss = differentiates_loss and takes_loss_as_it_is
         self._windows = windows
         self._data = data
-        self._recorder = record_losses(model.compiled_loss)
-        self._terms: list[LossTerm] = []
+        self._scope = contextlib.ExitStack()
+        self._weighting: Weighting
         #: The weight by which the loss is multiplied, and that in units of its window's first.
         self._weighed_by: Optional[tuple[tf.Tensor, tf.Tensor]] = None
         self._held: Optional[_Held] = None
         #: How often each optimizer has been handed gradients in this step.
         self._turns: dict[int, int] = {}
+        self._latest_window: Optional[Window] = None
 
     def __enter__(self) -> Self:
-        for optimizer in _keras.optimizers_of(self.model):
-            _divert(optimizer)
-        self._terms = self._recorder.__enter__()
-        if not hasattr(_running, "stack"):
-            _running.stack = []
-        _running.stack.append(self)
+        divert(self.model)
+        self._graph = _keras.current_graph()
+        terms = self._scope.enter_context(record_losses(self.model.compiled_loss))
+        self._scope.enter_context(running(self))
+        self._weighting = Weighting(
+            self.model, self._windows, self._data, terms, keeps_kinds_apart=self.has_kinds
+        )
         return self
 
     def __exit__(self, *error: object) -> None:
-        _running.stack.pop()
-        self._recorder.__exit__(*error)  # type: ignore[arg-type]
+        self._scope.__exit__(*error)  # type: ignore[arg-type]
         if not self._turns and error[0] is None:
             self._windows.warn_once(
-                f"{self.model.name}: train_step has handed no gradients to an optimizer of the "
-                "model, so that there is nothing to accumulate. Keep its optimizers as "
-                "attributes of the model or of its layers."
+                "optimizers",
+                f"{self.model.name}: train_step has handed no gradients to apply_gradients of an "
+                "optimizer of the model, so that there is nothing to accumulate. Keep its "
+                "optimizers as attributes of the model or of its layers.",
             )
 
     # ---- the loss ------------------------------------------------------------------------
@@ -99,17 +86,20 @@ class MicroStep:
     def weighed(self, loss: Any) -> Any:
         """The loss times the micro-batch's weight, where that may be done before its gradient.
 
-        A clip of micro-batches needs their own gradients, and a `train_step` of the model's
-        own may add to the loss or log it: there the gradients are weighed, in `hand_over`.
+        A clip of micro-batches needs their own gradients, and so does an optimizer that works
+        on them; a `train_step` of the model's own may add to the loss or log it: there the
+        gradients are weighed, in `hand_over`.
         """
         if loss is None or not self._differentiates_loss or self.has_kinds:
             return loss
         if loss.shape.rank != 0:  # what is differentiated is the sum of its elements
             self.kind = SUM
-        window = self._windows.open(self.model.optimizer)
-        if self._kind() == SUM or window.is_single or self._windows.chain.micro_batch_stages:
+        optimizer = self.model.optimizer
+        window = self._windows.open(optimizer)
+        is_sum = self._kind(optimizer) == SUM
+        if is_sum or window.is_single or self._windows.chain.micro_batch_stages:
             return loss
-        weight = self._weight()
+        weight = self._weighting.weight(MEAN)
         # Rounded as the loss is, so that sum and divisor hold the same weights.
         relative = tf.cast(window.relative(weight), loss.dtype)
         self._weighed_by = weight, tf.cast(relative, tf.float64)
@@ -122,8 +112,9 @@ class MicroStep:
         gradient of both together could not be put right afterwards.
         """
         share = _keras.shared_by_replicas
-        sums = [term.value for term in self._terms if term.kind == SUM]
-        means = [share(term.value) for term in self._terms if term.kind == MEAN]
+        terms = self._weighting.terms()
+        sums = [term.value for term in terms if term.kind == SUM]
+        means = [share(term.value) for term in terms if term.kind == MEAN]
         means += [share(loss) for loss in _keras.activation_losses(self.model)]
         of_weights = [share(loss) for loss in _keras.weight_losses(self.model)]
         window = self._windows.open(self.model.optimizer)
@@ -139,7 +130,7 @@ class MicroStep:
                     "SUM losses beside means (or beside add_loss and activity regularisers). "
                     "Move the stages after Accumulate."
                 )
-            weight = self._weight()
+            weight = self._weighting.weight(MEAN)
             relative = window.relative(weight)
             self._weighed_by = weight, relative
             mean = _total(means + of_weights)
@@ -148,7 +139,7 @@ class MicroStep:
 
     # ---- the gradients -------------------------------------------------------------------
 
-    @contextmanager
+    @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Take what is handed over kind by kind into the window as one micro-batch."""
         self._held = _Held()
@@ -159,16 +150,24 @@ class MicroStep:
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def hand_over(
         self, optimizer: Any, grads_and_vars: Iterable[Any], args: Any, kwargs: Any
-    ) -> tf.Variable:
+    ) -> Any:
         """Take the gradients that the model hands to an optimizer into its window."""
+        if _keras.is_in_a_loop_within(self._graph):
+            self._windows.warn_once(
+                "loop",
+                f"{self.model.name}: train_step calls apply_gradients in a loop of TensorFlow, "
+                "where each pass counts as a micro-batch. Loop in Python (range for tf.range) to "
+                "have a window for each pass.",
+            )
         pairs = list(grads_and_vars)
         present = [variable for gradient, variable in pairs if gradient is not None]
         turn = self._turns.setdefault(id(optimizer), 0)
         if self._held is None:
             self._turns[id(optimizer)] += 1
-        window = self._windows.open(optimizer, turn)
+        window = self._latest_window = self._windows.open(optimizer, turn)
+        kind = self._kind(optimizer)
         if self._weighed_by is None:
-            weight = self._weight()
+            weight = self._weighting.weight(kind)
             relative = window.relative(weight)
         else:
             weight, relative = self._weighed_by
@@ -178,7 +177,6 @@ class MicroStep:
             present,
             self.model,
         )
-        kind = self._kind()
         if kind == MEAN and self._weighed_by is None and not window.is_single:
             gradients = [_times(gradient, relative) for gradient in gradients]
         by_reference: dict[Any, Gradient] = {}
@@ -191,68 +189,38 @@ class MicroStep:
 
         def add(shares: list[Share]) -> None:
             variables = [variable for _, variable in pairs]
-            if window.add(variables, shares, weight, optimizer.iterations, update):
+            iterations = getattr(optimizer, "iterations", None)
+            if window.add(variables, shares, weight, iterations, update):
                 self._windows.trace_again()
 
         share = Share(kind, by_reference, relative)
         if self._held is None:
             add([share])
+            self._weighting.spend_terms()
         else:
             self._held.shares.append(share)
             self._held.add = add
-        return optimizer.iterations
+        return getattr(optimizer, "iterations", None)
 
-    def _kind(self) -> str:
-        """Whether what is handed over are gradients of a sum or of a mean."""
-        if self.kind is not None:
-            return self.kind
-        return SUM if {term.kind for term in self._terms} == {SUM} else MEAN
+    def after_update(self, action: Callable[[], Any]) -> Any:
+        """Do what follows the optimizer in this step only where the weights have moved.
 
-    def _weight(self) -> tf.Tensor:
-        """What the micro-batch weighs: the count its mean divided by. Shape: scalar, float64."""
-        weighting = self._windows.accumulate.weighting
-        if callable(weighting):
-            weight = tf.cast(weighting(self._data), tf.float64)
-            if weight.shape.rank != 0:
-                raise wrong_value(
-                    "What Accumulate.weighting returns",
-                    "a scalar >= 0",
-                    f"a tensor of shape {weight.shape}",
-                    "Return the count that the batch's mean loss divides by.",
-                )
-            return weight
-        if weighting == "equal":
-            return tf.ones([], tf.float64)
-        self._warn_where_inexact()
-        means = [term for term in self._terms if term.kind == MEAN]
-        if means:
-            return means[0].count
-        x, _, _ = _keras.unpack_x_y_sample_weight(self._data)
-        return count_rows(x)
+        That is where a window has just been emptied; or, before the optimizer is called, where
+        none is begun.
+        """
+        window = self._latest_window or self._windows.first
+        if window is None:
+            return action()
 
-    def _warn_where_inexact(self) -> None:
-        """Say, once, where one number cannot weigh a micro-batch."""
-        if self._windows.accumulate.steps == 1:
-            return
-        activations = bool(_keras.activation_losses(self.model))
-        outputs = disagreeing(self._terms, activations)
-        if outputs:
-            self._windows.warn_once(
-                f"{self.model.name}: the means of {' and '.join(outputs)} divide by counts "
-                "whose ratio may change from one micro-batch to the next (their masks or "
-                "lengths differ), and one number weighs a micro-batch: the count of "
-                f"{outputs[0]}. Updates are exact for it, and for the others where the ratio "
-                "stays the same."
-            )
-        sums = [term.output for term in self._terms if term.kind == SUM]
-        if not sums or self.has_kinds:
-            return
-        if len(sums) < len(self._terms) or activations or _keras.weight_losses(self.model):
-            self._windows.warn_once(
-                f"{self.model.name}: the SUM loss of output {sums[0]!r} stands beside means or "
-                "regularisers in a train_step or compute_loss of the model's own, where they "
-                "cannot be kept apart. Updates are exact where all losses are means."
-            )
+        def act() -> tf.Tensor:
+            with running(None):
+                action()
+            return tf.constant(0)
+
+        return tf.cond(tf.equal(window.micro_batches, 0), act, lambda: tf.constant(0))
+
+    def _kind(self, optimizer: Any) -> str:
+        return self._weighting.kind(optimizer) if self.kind is None else self.kind
 
 
 class _Held:
@@ -272,36 +240,3 @@ def _total(losses: list[tf.Tensor]) -> tf.Tensor:
         return losses[0]
     widest = max((loss.dtype for loss in losses), key=lambda dtype: dtype.size)
     return tf.add_n([tf.cast(tf.reduce_sum(loss), widest) for loss in losses])
-
-
-# ---- the optimizer's side ------------------------------------------------------------------
-
-
-def _divert(optimizer: Any) -> None:
-    """Let `apply_gradients` hand over to the micro-step of its thread, where there is one.
-
-    All else is the optimizer's own, and outside a micro-step this is too. Put on once.
-    """
-    if hasattr(optimizer.apply_gradients, "undiverted"):
-        return
-    apply_gradients = optimizer.apply_gradients
-
-    @functools.wraps(apply_gradients)
-    def diverted(grads_and_vars: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
-        step = current_step()
-        if step is None:
-            return apply_gradients(grads_and_vars, *args, **kwargs)
-        return step.hand_over(optimizer, grads_and_vars, args, kwargs)
-
-    diverted.undiverted = apply_gradients  # type: ignore[attr-defined]
-    optimizer.apply_gradients = diverted
-
-
-def release_optimizers(model: Any) -> None:
-    """Give a model's optimizers back their own `apply_gradients`."""
-    for optimizer in _keras.optimizers_of(model):
-        own = getattr(optimizer.apply_gradients, "undiverted", None)
-        if own is not None:
-            del optimizer.apply_gradients
-            if optimizer.apply_gradients != own:  # it was set on the object
-                optimizer.apply_gradients = own

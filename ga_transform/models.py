@@ -7,9 +7,9 @@ from typing import Any
 
 from ga_transform import _keras
 from ga_transform.chain import Chain
-from ga_transform.micro_step import release_optimizers
+from ga_transform.diversion import release
+from ga_transform.loss_terms import stop_recording
 from ga_transform.training import Accumulating
-from ga_transform.weighting import stop_recording
 
 __all__ = [
     "AccumulatingFunctional",
@@ -64,7 +64,7 @@ def become_accumulating(model: Any, chain: Chain) -> None:
 
 def become_plain(model: Any) -> None:
     """Undo `become_accumulating`."""
-    release_optimizers(model)
+    release(model)
     stop_recording(model.compiled_loss)
     model.__class__ = plain_class_of(model)
     for name in ("_chain", "_accumulation"):

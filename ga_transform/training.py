@@ -23,7 +23,8 @@ from tf_keras import callbacks as keras_callbacks
 
 from ga_transform import _keras
 from ga_transform.chain import Chain
-from ga_transform.micro_step import MicroStep, current_step
+from ga_transform.diversion import current_step
+from ga_transform.micro_step import MicroStep
 from ga_transform.specs import Accumulate
 from ga_transform.windows import Windows
 

@@ -1,202 +1,148 @@
 """What a micro-batch weighs: the number by which its mean loss was divided.
 
-tf_keras takes the mean of a loss over its elements, or over the valid ones where there is a
-mask, and never over the sum of sample weights. Of micro-batches with means m_i over c_i
-elements, the mean over all elements is ``sum(c_i * m_i) / sum(c_i)``; the same holds of
-their gradients. So the c_i are counted where the loss is reduced: here.
+Of micro-batches with means m_i over c_i elements, the mean over all elements is
+``sum(c_i * m_i) / sum(c_i)``; the same holds of their gradients. A sum over elements weighs
+nothing, and is divided by nothing. The c_i are those of the compiled loss (`loss_terms.py`);
+where a model's loss is its own they are the rows, or what a function of the user's says.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Optional
+from typing import Any
 
 import tensorflow as tf
-from tf_keras.losses import Reduction
 
 from ga_transform import _keras
+from ga_transform.errors import wrong_value
+from ga_transform.loss_terms import MEAN, SUM, LossTerm, disagreeing
+from ga_transform.rows import count_rows, known_lengths
+from ga_transform.windows import Windows
 
-__all__ = [
-    "MEAN",
-    "SUM",
-    "LossTerm",
-    "count_rows",
-    "disagreeing",
-    "record_losses",
-    "stop_recording",
-]
-
-#: A mean over elements: micro-batches are weighted by their counts, and divided by their sum.
-MEAN = "mean"
-#: A sum over elements: micro-batches are added up, and nothing is divided.
-SUM = "sum"
-
-_ROWS = "rows"
+__all__ = ["Weighting"]
 
 
-class LossTerm(NamedTuple):
-    """One output's part of the compiled loss."""
-
-    output: str
-    kind: str
-    #: The loss times its loss weight. Shape: scalar (or as the loss, where nothing reduces it).
-    value: tf.Tensor
-    #: The elements, or valid elements, that its mean divided by. Shape: scalar, float64.
-    count: tf.Tensor
-    #: What the count is proportional to: equal extents have counts of a constant ratio.
-    extent: Hashable
-
-
-@contextmanager
-def record_losses(container: Any) -> Iterator[list[LossTerm]]:
-    """Collect the terms of every call of a compiled loss, which itself runs as ever.
+class Weighting:
+    """Weighs one micro-batch.
 
     Args:
-        container: `model.compiled_loss`; None collects nothing.
+        model: The converted model.
+        windows: Its windows, which know what the user has asked for.
+        data: A batch, as Keras gives it to `train_step`.
+        terms: The terms of the compiled loss; they come in while the micro-step is traced.
+        keeps_kinds_apart: Whether sums and means are differentiated one by one.
     """
-    terms: list[LossTerm] = []
-    if type(container) is _keras.LossesContainer:
-        container.__class__ = _RecordedLosses
-    recorded = isinstance(container, _RecordedLosses)
-    earlier = container._terms if recorded else None
-    if recorded:
-        container._terms = terms
-    try:
-        yield terms
-    finally:
-        if recorded:
-            container._terms = earlier
 
-
-def stop_recording(container: Any) -> None:
-    """Make a compiled loss what it was before it was first recorded."""
-    if isinstance(container, _RecordedLosses):
-        container.__class__ = _keras.LossesContainer
-
-
-class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
-    """A compiled loss that tells its terms to whoever listens."""
-
-    _terms: Optional[list[LossTerm]] = None
-    _losses: Any
-
-    def __call__(
+    def __init__(
         self,
-        y_true: Any,
-        y_pred: Any,
-        sample_weight: Any = None,
-        regularization_losses: Any = None,
-    ) -> Any:
-        if self._terms is None:
-            return super().__call__(y_true, y_pred, sample_weight, regularization_losses)
-        if not self._built:
-            self.build(y_pred)
-        losses = self._losses
-        self._losses = [
-            None if loss is None else _RecordedLoss(loss, name, weight, self._terms)
-            for loss, name, weight in zip(losses, self._output_names, self._loss_weights)
-        ]
-        try:
-            return super().__call__(y_true, y_pred, sample_weight, regularization_losses)
-        finally:
-            self._losses = losses
-
-
-class _RecordedLoss:
-    """A loss that gives the value it always gave, and notes what its mean divided by.
-
-    It takes the loss unreduced and reduces it itself, as tf_keras does. So a micro-batch
-    without a single valid element has a loss of zero, where tf_keras has 0 / 0.
-    """
-
-    def __init__(self, loss: Any, output: str, weight: Any, terms: list[LossTerm]) -> None:
-        self.reduction = loss.reduction
-        self._loss = loss
-        self._output = output
-        self._weight = weight
+        model: Any,
+        windows: Windows,
+        data: Any,
+        terms: list[LossTerm],
+        *,
+        keeps_kinds_apart: bool,
+    ) -> None:
+        self._model = model
+        self._windows = windows
+        self._data = data
         self._terms = terms
+        self._spent = 0
+        self._keeps_kinds_apart = keeps_kinds_apart
 
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
-        elements, mask = self._unreduced(y_true, y_pred, sample_weight)
-        if self.reduction == Reduction.NONE:
-            value, kind = elements, SUM
-        else:
-            value = tf.reduce_sum(elements)
-            kind = SUM if self.reduction == Reduction.SUM else MEAN
-        count, extent = _count(elements, mask, y_true)
+    def terms(self) -> list[LossTerm]:
+        """The terms of the loss that is differentiated here.
+
+        Of several losses in a step it is the latest; those of another branch of the graph
+        cannot be reckoned with.
+        """
+        latest = self._within_reach(self._terms[self._spent :])
+        return latest or self._within_reach(self._terms)
+
+    @staticmethod
+    def _within_reach(terms: list[LossTerm]) -> list[LossTerm]:
+        return [term for term in terms if _keras.is_within_reach(term.value)]
+
+    def spend_terms(self) -> None:
+        """What comes after this is another loss."""
+        self._spent = len(self._terms)
+
+    def kind(self, optimizer: Any) -> str:
+        """Whether an optimizer's gradients are those of a sum or of a mean."""
+        terms = self.terms()
+        if _keras.has_own_gradients(optimizer):
+            # One that is given the loss of each row takes the mean of what it makes of them.
+            terms = [term for term in terms if term.value.shape.rank == 0]
+        return SUM if {term.kind for term in terms} == {SUM} else MEAN
+
+    def weight(self, kind: str) -> tf.Tensor:
+        """The count that a loss of a kind divided by. Shape: scalar, float64."""
+        weighting = self._windows.accumulate.weighting
+        if callable(weighting):
+            weight = tf.cast(weighting(self._data), tf.float64)
+            if weight.shape.rank != 0:
+                raise wrong_value(
+                    "What Accumulate.weighting returns",
+                    "a scalar >= 0",
+                    f"a tensor of shape {weight.shape}",
+                    "Return the count that the batch's mean loss divides by.",
+                )
+            return weight
+        if weighting == "equal":
+            return tf.ones([], tf.float64)
+        terms = self.terms()
+        self._warn_where_inexact(terms)
         if kind == MEAN:
-            # A loss that is a scalar already is the mean over the rows.
-            divisor = count if elements.shape.rank != 0 else tf.ones_like(count)
-            value = tf.math.divide_no_nan(value, tf.cast(divisor, value.dtype))
-        weighted = value if self._weight is None else value * self._weight
-        self._terms.append(LossTerm(self._output, kind, weighted, count, extent))
-        return value
+            means = [term for term in terms if term.kind == MEAN] or terms
+            for term in means:
+                if term.divided_by is not None:
+                    return term.divided_by
+        return self._rows(kind)
 
-    def _unreduced(
-        self, y_true: Any, y_pred: Any, sample_weight: Any
-    ) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """The weighted, masked elements of the loss, and its mask."""
-        unreduced = copy.copy(self._loss)
-        unreduced.reduction = Reduction.NONE
-        masks = [getattr(y_pred, "_keras_mask", None)]
-        call = unreduced.call
+    def _rows(self, kind: str) -> tf.Tensor:
+        rows = count_rows(self._data)
+        matters = kind == MEAN and self._windows.accumulate.steps != 1
+        if rows is None:
+            if matters:
+                self._warn_of_rows(
+                    "no tensor whose rows could be counted, so each micro-batch counts as one"
+                )
+            return tf.ones([], tf.float64)
+        lengths = known_lengths(self._data)
+        if matters and len(lengths) > 1:
+            self._warn_of_rows(
+                f"tensors with first dimensions of {' and '.join(map(str, lengths))}, of which the "
+                "first is taken for its rows"
+            )
+        return rows
 
-        def noted(y_true: Any, y_pred: Any) -> Any:
-            losses = call(y_true, y_pred)
-            masks.append(getattr(losses, "_keras_mask", None))
-            return losses
+    def _warn_of_rows(self, what: str) -> None:
+        self._windows.warn_once(
+            "rows",
+            f"{self._model.name}: the batch has {what}. Say what a micro-batch weighs: "
+            "Accumulate(weighting=...).",
+        )
 
-        unreduced.call = noted
-        elements = unreduced(y_true, y_pred, sample_weight=sample_weight)
-        present = [mask for mask in masks if mask is not None]
-        if not present:
-            return elements, None
-        return elements, present[0] if len(present) == 1 else present[0] & present[1]
-
-
-def _count(elements: tf.Tensor, mask: tf.Tensor | None, y_true: Any) -> tuple[tf.Tensor, Hashable]:
-    if isinstance(elements, tf.RaggedTensor):
-        return _float64(tf.size(elements.flat_values)), None
-    if elements.shape.rank == 0:
-        return count_rows(y_true), _ROWS
-    size = _float64(tf.size(elements))
-    if mask is not None:
-        # A mask of fewer axes than the loss stands for all elements along the missing ones.
-        valid = tf.reduce_sum(tf.cast(mask, tf.float64))
-        share = tf.math.divide_no_nan(valid, _float64(tf.size(mask)))
-        return share * size, id(mask)
-    # Eagerly every length is known, and none is fixed.
-    fixed = elements.shape.rank == 1 or not (
-        tf.executing_eagerly() or None in elements.shape[1:].as_list()
-    )
-    return size, _ROWS if fixed else None
-
-
-def disagreeing(terms: list[LossTerm], has_activation_losses: bool) -> list[str]:
-    """The outputs whose counts no one number stands for, with what they are; else nothing."""
-    extents = {f"output {term.output!r}": term.extent for term in terms if term.kind == MEAN}
-    if has_activation_losses:
-        extents["add_loss and activity regularisers"] = _ROWS
-    if len(extents) < 2:
-        return []
-    first = next(iter(extents.values()))
-    agree = first is not None and all(extent == first for extent in extents.values())
-    return [] if agree else list(extents)
-
-
-def count_rows(data: Any) -> tf.Tensor:
-    """The rows of the first tensor of a structure. Shape: scalar, float64."""
-    for tensor in tf.nest.flatten(data):
-        if isinstance(tensor, tf.RaggedTensor):
-            return _float64(tensor.nrows())
-        if isinstance(tensor, tf.SparseTensor):
-            return _float64(tensor.dense_shape[0])
-        if tensor is not None and tf.convert_to_tensor(tensor).shape.rank != 0:
-            return _float64(tf.shape(tensor)[0])
-    return tf.ones([], tf.float64)
-
-
-def _float64(number: tf.Tensor) -> tf.Tensor:
-    return tf.cast(number, tf.float64)
+    def _warn_where_inexact(self, terms: list[LossTerm]) -> None:
+        """Say, once, where one number cannot weigh a micro-batch."""
+        if self._windows.accumulate.steps == 1:
+            return
+        activations = bool(_keras.activation_losses(self._model))
+        outputs = disagreeing(terms, activations)
+        if outputs:
+            self._windows.warn_once(
+                "counts",
+                f"{self._model.name}: the means of {' and '.join(outputs)} divide by counts "
+                "whose ratio may change from one micro-batch to the next (their masks or "
+                "lengths differ), and one number weighs a micro-batch: the count of "
+                f"{outputs[0]}. Updates are exact for it, and for the others where the ratio "
+                "stays the same.",
+            )
+        sums = [term.output for term in terms if term.kind == SUM]
+        if not sums or self._keeps_kinds_apart:
+            return
+        if len(sums) < len(terms) or activations or _keras.weight_losses(self._model):
+            self._windows.warn_once(
+                "kinds",
+                f"{self._model.name}: the SUM loss of output {sums[0]!r} stands beside means or "
+                "regularisers in a train_step or compute_loss of the model's own, where they "
+                "cannot be kept apart. Updates are exact where all losses are means.",
+            )

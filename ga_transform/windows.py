@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from ga_transform import _keras
 from ga_transform.chain import Chain
+from ga_transform.diversion import running, undiverted
 from ga_transform.errors import InexactWarning
 from ga_transform.numerics import Gradient
 from ga_transform.specs import Accumulate
@@ -36,7 +37,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self._windows = self._no_dependency({})
         self._updates = self._no_dependency({})
         self._flushes = self._no_dependency({})
-        self._has_warned = False
+        self._warned = self._no_dependency(set())
         optimizers = _keras.optimizers_of(model)
         self._optimizers = frozenset(map(id, optimizers))
         for optimizer in optimizers:
@@ -56,6 +57,11 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         with tf.init_scope():  # also while a function is traced
             counts = [int(window.micro_batches.numpy()) for window in self._windows.values()]
         return max(counts, default=0)
+
+    @property
+    def first(self) -> Optional[Window]:
+        """The window that was opened first, if there is one."""
+        return next(iter(self._windows.values()), None)
 
     def open(self, optimizer: Any, turn: int = 0) -> Window:
         """The window of an optimizer.
@@ -94,7 +100,8 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             final = {v.ref(): _as_handed(g, v.dtype) for g, v in zip(staged, present)}
             # Variables without a gradient go along, and are left out as tf_keras does it.
             handed = [(final.get(variable.ref()), variable) for variable in variables]
-            optimizer.apply_gradients.undiverted(handed, *args, **kwargs)
+            with running(None):  # an optimizer made of others calls theirs
+                undiverted(optimizer)(handed, *args, **kwargs)
 
         self._updates[id(optimizer), turn] = update
         return update
@@ -105,12 +112,14 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         model = self._model()
         if model.train_function is None:
             self.warn_once(
+                "trace",
                 f"{model.name}: a variable has its first gradient in a later trace of train_step. "
-                "Functions of your own that were traced before leave it out: make them anew."
+                "Functions of your own that were traced before leave it out: make them anew.",
             )
         else:
             with tf.init_scope():
-                model.make_train_function(force=True)
+                model.train_function = None
+                model.train_function = model.make_train_function()
 
     def flush(self) -> None:
         """Make the updates of partial windows."""
@@ -140,10 +149,10 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         for window in self._windows.values():
             window.discard()
 
-    def warn_once(self, text: str) -> None:
-        """Say what cannot be exact, the first time."""
-        if not self._has_warned:
-            self._has_warned = True
+    def warn_once(self, about: str, text: str) -> None:
+        """Say what cannot be exact, the first time that it is about this."""
+        if about not in self._warned:
+            self._warned.add(about)
             warnings.warn(text, InexactWarning, stacklevel=2)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Optional, Union
 import tensorflow as tf
 
 from ga_transform._keras import AutoTrackable
+from ga_transform.loss_terms import MEAN
 from ga_transform.numerics import (
     Gradient,
     added,
@@ -23,7 +24,6 @@ from ga_transform.numerics import (
     values_of,
     widened,
 )
-from ga_transform.weighting import MEAN
 
 __all__ = ["Share", "Update", "Window"]
 

@@ -1,0 +1,197 @@
+"""The terms of the compiled loss: what each was, and by what number its mean was divided.
+
+tf_keras takes the mean of a loss over its elements, or over the valid ones where there is a
+mask, and never over the sum of sample weights. That number is counted where the loss is
+reduced: here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Optional
+
+import tensorflow as tf
+from tf_keras.losses import Reduction
+
+from ga_transform import _keras
+from ga_transform.rows import count_rows
+
+__all__ = [
+    "MEAN",
+    "SUM",
+    "LossTerm",
+    "disagreeing",
+    "record_losses",
+    "stop_recording",
+]
+
+#: A mean over elements: micro-batches are weighted by their counts, and divided by their sum.
+MEAN = "mean"
+#: A sum over elements: micro-batches are added up, and nothing is divided.
+SUM = "sum"
+
+_ROWS = "rows"
+
+
+class LossTerm(NamedTuple):
+    """One output's part of the compiled loss."""
+
+    output: str
+    kind: str
+    #: The loss times its loss weight. Shape: scalar (or as the loss, where nothing reduces it).
+    value: tf.Tensor
+    #: The elements, or valid elements, that its mean divided by; None where the loss came as
+    #: one number, and of nothing that has rows. Shape: scalar, float64.
+    divided_by: Optional[tf.Tensor]
+    #: What the count is proportional to: equal extents have counts of a constant ratio.
+    extent: Hashable
+
+
+@contextmanager
+def record_losses(container: Any) -> Iterator[list[LossTerm]]:
+    """Collect the terms of every call of a compiled loss, which itself runs as ever.
+
+    Args:
+        container: `model.compiled_loss`; None collects nothing.
+    """
+    terms: list[LossTerm] = []
+    if type(container) is _keras.LossesContainer:
+        container.__class__ = _RecordedLosses
+    recorded = isinstance(container, _RecordedLosses)
+    earlier = container._terms if recorded else None
+    if recorded:
+        container._terms = terms
+    try:
+        yield terms
+    finally:
+        if recorded:
+            container._terms = earlier
+
+
+def stop_recording(container: Any) -> None:
+    """Make a compiled loss what it was before it was first recorded."""
+    if isinstance(container, _RecordedLosses):
+        container.__class__ = _keras.LossesContainer
+
+
+class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
+    """A compiled loss that tells its terms to whoever listens."""
+
+    _terms: Optional[list[LossTerm]] = None
+    _losses: Any
+
+    def __call__(
+        self,
+        y_true: Any,
+        y_pred: Any,
+        sample_weight: Any = None,
+        regularization_losses: Any = None,
+    ) -> Any:
+        if self._terms is None:
+            return super().__call__(y_true, y_pred, sample_weight, regularization_losses)
+        if not self._built:
+            self.build(y_pred)
+        losses = self._losses
+        self._losses = [
+            None if loss is None else _RecordedLoss(loss, name, weight, self._terms)
+            for loss, name, weight in zip(losses, self._output_names, self._loss_weights)
+        ]
+        try:
+            return super().__call__(y_true, y_pred, sample_weight, regularization_losses)
+        finally:
+            self._losses = losses
+
+
+class _RecordedLoss:
+    """A loss that gives the value it always gave, and notes what its mean divided by.
+
+    It takes the loss unreduced and reduces it itself, as tf_keras does. So a micro-batch
+    without a single valid element has a loss of zero, where tf_keras has 0 / 0.
+    """
+
+    def __init__(self, loss: Any, output: str, weight: Any, terms: list[LossTerm]) -> None:
+        self.reduction = loss.reduction
+        self._loss = loss
+        self._output = output
+        self._weight = weight
+        self._terms = terms
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        elements, mask = self._unreduced(y_true, y_pred, sample_weight)
+        if self.reduction == Reduction.NONE:
+            value, kind = elements, SUM
+        else:
+            value = tf.reduce_sum(elements)
+            kind = SUM if self.reduction == Reduction.SUM else MEAN
+        count, extent = _count(elements, mask)
+        if kind == MEAN:
+            value = tf.math.divide_no_nan(value, tf.cast(count, value.dtype))
+        if mask is None and elements.shape.num_elements() == 1:
+            # A loss that is one number already is the mean over the rows.
+            count, extent = _count_rows_behind(y_true), _ROWS
+        weighted = value if self._weight is None else value * self._weight
+        self._terms.append(LossTerm(self._output, kind, weighted, count, extent))
+        return value
+
+    def _unreduced(
+        self, y_true: Any, y_pred: Any, sample_weight: Any
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """The weighted, masked elements of the loss, and its mask."""
+        unreduced = copy.copy(self._loss)
+        unreduced.reduction = Reduction.NONE
+        masks = [getattr(y_pred, "_keras_mask", None)]
+        call = unreduced.call
+
+        def noted(y_true: Any, y_pred: Any) -> Any:
+            losses = call(y_true, y_pred)
+            masks.append(getattr(losses, "_keras_mask", None))
+            return losses
+
+        unreduced.call = noted
+        elements = unreduced(y_true, y_pred, sample_weight=sample_weight)
+        present = [mask for mask in masks if mask is not None]
+        if not present:
+            return elements, None
+        return elements, present[0] if len(present) == 1 else present[0] & present[1]
+
+
+def _count(elements: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, Hashable]:
+    if isinstance(elements, tf.RaggedTensor):
+        return _float64(tf.size(elements.flat_values)), None
+    size = _float64(tf.size(elements))
+    if mask is not None:
+        # A mask of fewer axes than the loss stands for all elements along the missing ones.
+        valid = tf.reduce_sum(tf.cast(mask, tf.float64))
+        share = tf.math.divide_no_nan(valid, _float64(tf.size(mask)))
+        return share * size, id(mask)
+    # Eagerly every length is known, and none is fixed.
+    fixed = elements.shape.rank == 1 or not (
+        tf.executing_eagerly() or None in elements.shape[1:].as_list()
+    )
+    return size, _ROWS if fixed else None
+
+
+def _count_rows_behind(y_true: Any) -> Optional[tf.Tensor]:
+    """The rows that a loss of one number is the mean of, if it was not reduced before."""
+    reduced_before = all(
+        tf.TensorShape(item.shape).num_elements() == 1 for item in tf.nest.flatten(y_true)
+    )
+    return None if reduced_before else count_rows(y_true)
+
+
+def disagreeing(terms: list[LossTerm], has_activation_losses: bool) -> list[str]:
+    """The outputs whose counts no one number stands for, with what they are; else nothing."""
+    extents = {f"output {term.output!r}": term.extent for term in terms if term.kind == MEAN}
+    if has_activation_losses:
+        extents["add_loss and activity regularisers"] = _ROWS
+    if len(extents) < 2:
+        return []
+    first = next(iter(extents.values()))
+    agree = first is not None and all(extent == first for extent in extents.values())
+    return [] if agree else list(extents)
+
+
+def _float64(number: tf.Tensor) -> tf.Tensor:
+    return tf.cast(number, tf.float64)
