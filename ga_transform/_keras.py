@@ -17,6 +17,7 @@ from tf_keras.src.engine.functional import Functional
 from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
 from tf_keras.src.mixed_precision.loss_scale_optimizer import BaseLossScaleOptimizer
 from tf_keras.src.optimizers.legacy.optimizer_v2 import _var_key as legacy_variable_key
+from tf_keras.src.saving import object_registration
 from tf_keras.src.utils import losses_utils
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "is_within_reach",
     "optimizers_of",
     "output_layers",
+    "register_as",
     "shared_by_replicas",
     "unpack_x_y_sample_weight",
     "variable_key",
@@ -51,6 +53,12 @@ AutoTrackable = tf.__internal__.tracking.AutoTrackable
 _OPTIMIZERS = (optimizers.Optimizer, optimizers.legacy.Optimizer, BaseLossScaleOptimizer)
 unpack_x_y_sample_weight = data_adapter.unpack_x_y_sample_weight
 shared_by_replicas = losses_utils.scale_loss_for_distribution
+
+
+def register_as(model_class: type, known: type) -> None:
+    """Have a class written down under the name that another one is registered by."""
+    names = object_registration._GLOBAL_CUSTOM_NAMES
+    names[model_class] = object_registration.get_registered_name(known)
 
 
 def optimizers_of(model: Any) -> list[Any]:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -41,6 +41,10 @@ def clone_with_state(model: Any, plain_class: Any) -> Any:
         warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
         copy = _clone_layers(model, plain_class, {})
         _copy_layer_state(model, copy)
+        if model._is_compiled:
+            _compile_like(model, copy)
+        if type(copy) not in (_keras.Functional, _keras.Sequential):
+            _copy_attributes(model, copy)
         if model._is_compiled:
             _copy_compile_state(model, copy)
     return copy
@@ -115,7 +119,7 @@ def _is_known(function_or_class: Any) -> bool:
 
 def _copy_layer_state(model: Any, copy: Any) -> None:
     if model.built and not copy.built:
-        copy.build(model._build_input_shape)
+        _build_like(model, copy)
     layers, copies = _keras.flatten_layers(model), _keras.flatten_layers(copy)
     if [type(layer) for layer in layers[1:]] != [type(layer) for layer in copies[1:]]:
         raise _not_copied(model, "its layers come out of their configs in another structure")
@@ -125,12 +129,26 @@ def _copy_layer_state(model: Any, copy: Any) -> None:
             raise _not_copied(model, reason)
     for layer, own in zip(layers, copies):
         own.trainable = layer.trainable  # parents first, so that each layer has the last word
-    if type(copy) not in (_keras.Functional, _keras.Sequential):
-        _copy_attributes(model, copy)
     if model.built:
         _copy_weights(model, copy)
         for layer, own in zip(layers, copies):
             _copy_what_is_no_weight(layer, own)
+
+
+def _build_like(model: Any, copy: Any) -> None:
+    """Make the weights of a model of the user's own class, from the shapes that it has seen."""
+    specs = model.save_spec(dynamic_batch=False)
+    if specs is None:
+        copy.build(model._build_input_shape)
+        return
+    args, kwargs = tf.nest.map_structure(_zeros_like_spec, specs)
+    copy(*args, **kwargs)
+
+
+def _zeros_like_spec(spec: Any) -> Any:
+    if not isinstance(spec, tf.TensorSpec):
+        return spec
+    return tf.zeros([1 if size is None else size for size in spec.shape], spec.dtype)
 
 
 def _copy_weights(model: Any, copy: Any) -> None:
@@ -152,13 +170,13 @@ def _copy_what_is_no_weight(layer: Any, own: Any) -> None:
 
 def _copy_attributes(model: Any, copy: Any) -> None:
     """What was set on a model of the user's own class and is in no config: plain values only."""
-    for name in sorted(vars(model).keys() - vars(copy).keys()):
-        value = vars(model)[name]
+    for name, value in sorted(vars(model).items()):
         if name.startswith("_") or name in ("history", "stop_training"):
             continue
-        if not isinstance(value, (bool, int, float, str, bytes, type(None))):
+        if isinstance(value, (bool, int, float, str, bytes, type(None))):
+            setattr(copy, name, value)
+        elif name not in vars(copy):
             raise _not_copied(model, f"its attribute {name!r} is in no config")
-        setattr(copy, name, value)
 
 
 def _shapes(model: Any) -> list[Any]:
@@ -189,28 +207,61 @@ def _unregistered_objects(model: Any) -> dict[str, Any]:
 # ---- compile -------------------------------------------------------------------------------
 
 
-def _copy_compile_state(model: Any, copy: Any) -> None:
-    if type(copy).compile is not _keras.Model.compile:
-        raise ValueError(
-            f"A model must have tf_keras's own compile to be copied; got {type(copy).__name__} "
-            f"{model.name!r} with one of its own. {_REMEDY}"
-        )
+def _compile_like(model: Any, copy: Any) -> None:
     losses, metrics = model.compiled_loss, model.compiled_metrics
-    copy.compile(
-        optimizer=tf.nest.map_structure(_clone_by_config, model.optimizer),
-        loss=losses._user_losses,
-        loss_weights=losses._user_loss_weights,
-        metrics=_clone_metrics(metrics, metrics._user_metrics),
-        weighted_metrics=_clone_metrics(metrics, metrics._user_weighted_metrics),
-        run_eagerly=model._run_eagerly,
-        steps_per_execution=(
+    arguments = {
+        "optimizer": tf.nest.map_structure(_clone_by_config, model.optimizer),
+        "loss": losses._user_losses,
+        "loss_weights": losses._user_loss_weights,
+        "metrics": _clone_metrics(metrics, metrics._user_metrics),
+        "weighted_metrics": _clone_metrics(metrics, metrics._user_weighted_metrics),
+        "run_eagerly": model._run_eagerly,
+        "steps_per_execution": (
             "auto"
             if model.autotune_steps_per_execution
             else int(model._steps_per_execution.numpy())
         ),
-        jit_compile=model.jit_compile,
-        from_serialized=metrics._from_serialized,  # a loaded model's metrics keep their names
-    )
+        "jit_compile": model.jit_compile,
+    }
+    if type(copy).compile is _keras.Model.compile:
+        # A loaded model's metrics keep their names.
+        copy.compile(**arguments, from_serialized=metrics._from_serialized)
+    else:
+        copy.compile(**_own_arguments(model, arguments))
+
+
+def _own_arguments(model: Any, usual: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `compile` of the model's own, which are attributes of their names."""
+    arguments = {}
+    parameters = inspect.signature(model.compile).parameters
+    for name, parameter in parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            rest = usual.keys() - parameters.keys()
+            arguments.update((key, usual[key]) for key in rest if usual[key] is not None)
+        elif name in vars(model) and name != "optimizer":
+            arguments[name] = _clone_argument(model, name, vars(model)[name])
+        elif name in usual:
+            arguments[name] = usual[name]
+        elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+            raise ValueError(
+                "A model must keep the arguments of its own compile as attributes to be copied; "
+                f"got {type(model).__name__} {model.name!r} without one named {name!r}. {_REMEDY}"
+            )
+    return arguments
+
+
+def _clone_argument(model: Any, name: str, value: Any) -> Any:
+    is_metric = isinstance(value, tf_keras.metrics.Metric)
+    if isinstance(value, (tf.Module, tf.Variable)) and not is_metric:
+        raise _not_copied(model, f"{name!r} of its compile is a {type(value).__name__}")
+    if isinstance(value, Mapping):
+        return {key: _clone_argument(model, name, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clone_argument(model, name, item) for item in value]
+    return _clone_by_config(value) if hasattr(value, "get_config") else value
+
+
+def _copy_compile_state(model: Any, copy: Any) -> None:
     for layer, own in zip(_keras.flatten_layers(model), _keras.flatten_layers(copy)):
         # What was frozen when the model was compiled counts, until it is compiled again.
         if layer in model._compiled_trainable_state:
@@ -219,7 +270,10 @@ def _copy_compile_state(model: Any, copy: Any) -> None:
         return
     pairs = zip(model.variables, copy.variables)
     own_variables = {v.ref(): own for v, own in pairs if isinstance(v, tf.Variable)}
-    for optimizer, own in zip(tf.nest.flatten(model.optimizer), tf.nest.flatten(copy.optimizer)):
+    optimizers, own_optimizers = _keras.optimizers_of(model), _keras.optimizers_of(copy)
+    if [type(item) for item in optimizers] != [type(item) for item in own_optimizers]:
+        raise _not_copied(model, "its optimizers come out of its compile in another order")
+    for optimizer, own in zip(optimizers, own_optimizers):
         _copy_optimizer_state(optimizer, own, own_variables)
 
 

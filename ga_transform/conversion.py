@@ -22,6 +22,7 @@ from ga_transform.models import (
     become_accumulating,
     become_plain,
     plain_class_of,
+    taken_names,
 )
 from ga_transform.shorthands import chain_of
 from ga_transform.specs import Accumulate, BatchNorm, ClipByAGC, Precision, Transform
@@ -200,7 +201,7 @@ def strip_accumulating(model: Any, *, inplace: bool = False) -> Any:
             f"strip_accumulating.model must be a converted model; got {type(model).__name__} "
             f"{model.name!r}. It is plain already."
         )
-    pending = model.pending_micro_batches
+    pending = model._open_windows().pending
     if pending:
         warnings.warn(
             f"strip_accumulating leaves out {pending} pending micro-batches of {model.name!r}. "
@@ -222,7 +223,7 @@ def _convert(owner: str, model: Any, chain: Chain, inplace: bool) -> Any:
     if isinstance(model, AccumulatingModel):
         raise ValueError(
             f"{owner} must be a plain model; got {model.name!r}, converted already to "
-            f"{model.transforms}. Call strip_accumulating first."
+            f"{model._accumulating_chain}. Call strip_accumulating first."
         )
     for layer in _keras.flatten_layers(model):
         if isinstance(layer, AccumulatingModel):
@@ -239,6 +240,7 @@ def _convert(owner: str, model: Any, chain: Chain, inplace: bool) -> Any:
         )
     check_stages([*chain.micro_batch_stages, *chain.update_stages], model)
     _warn_of_batch_norm(model, chain)
+    _warn_of_taken_names(model)
     if not inplace:
         model = clone_with_state(model, type(model))
     become_accumulating(model, chain)
@@ -293,5 +295,17 @@ def _warn_of_batch_norm(model: Any, chain: Chain) -> None:
             f"{model.name}: batch normalisation takes its statistics from each micro-batch, so "
             f"updates are not those of the large batch; layers: {', '.join(names)}.",
             InexactWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_taken_names(model: Any) -> None:
+    """Say how to reach what a model has another thing of its own for."""
+    taken = sorted(taken_names(model))
+    if taken:
+        warnings.warn(
+            f"{model.name}: {', '.join(taken)} of {type(model).__name__} stay its own. Those of a "
+            "converted model are reached through ga_transform.models.AccumulatingModel, as "
+            "AccumulatingModel.flush(model).",
             stacklevel=4,
         )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import tf_keras
 
 from ga_transform import _keras
 from ga_transform.chain import Chain
@@ -15,47 +20,87 @@ __all__ = [
     "AccumulatingFunctional",
     "AccumulatingModel",
     "AccumulatingSequential",
+    "as_plain",
     "become_accumulating",
     "become_plain",
     "plain_class_of",
+    "taken_names",
 ]
+
+#: What a converted model has beside its own.
+_PUBLIC_NAMES = ("transforms", "pending_micro_batches", "flush", "discard")
+#: Methods of other packages' models that write down the name of the class.
+_WRITERS = ("save_pretrained",)
 
 
 class AccumulatingModel(Accumulating):
-    """A converted model of any class: `isinstance(model, AccumulatingModel)` tells one."""
+    """A converted model of any class: `isinstance(model, AccumulatingModel)` tells one.
+
+    Its config holds the plain model's, and the chain. One registered name stands for all of
+    them, so that a process that has converted nothing yet can load them.
+    """
 
     #: Of the base, which stands behind the mixin.
     name: str
+
+    def get_config(self) -> dict[str, Any]:
+        """The class and the config of the plain model, with the chain."""
+        plain_class = plain_class_of(self)
+        with as_plain(self):
+            config = self.get_config()
+        return {
+            "model": {
+                "module": plain_class.__module__,
+                "class_name": plain_class.__name__,
+                "registered_name": tf_keras.utils.get_registered_name(plain_class),
+                "config": config,
+            },
+            "transforms": self._accumulating_chain.to_config(),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
+        """A converted model from a config that `get_config` gave."""
+        inner = config["model"]
+        with tf_keras.utils.custom_object_scope(custom_objects or {}):
+            model = _class_in(inner).from_config(dict(inner["config"]))
+        become_accumulating(model, Chain.from_config(config["transforms"]))
+        return model
+
+
+class _AccumulatingNetwork(AccumulatingModel):
+    """A model of layers that tf_keras itself can make anew: their config, with the chain."""
+
     #: A SavedModel whose layers are not registered is refused, where tf_keras would revive it
     #: as a model that cannot accumulate.
     _must_restore_from_config = True
 
     def get_config(self) -> dict[str, Any]:
         """The config of the base, with the chain."""
-        config = super().get_config()  # type: ignore[misc]
-        return {**config, "transforms": self.transforms.to_config()}
+        config = super(Accumulating, self).get_config()  # type: ignore[misc]
+        return {**config, "transforms": self._accumulating_chain.to_config()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
         """A converted model from a config that `get_config` gave."""
         rest = dict(config)
         chain = Chain.from_config(rest.pop("transforms", None))
-        model = super().from_config(rest, custom_objects)  # type: ignore[misc]
+        model = super(Accumulating, cls).from_config(rest, custom_objects)  # type: ignore[misc]
         _set_chain(model, chain)
         return model
 
 
-class AccumulatingFunctional(AccumulatingModel, _keras.Functional):  # type: ignore[misc]
+class AccumulatingFunctional(_AccumulatingNetwork, _keras.Functional):  # type: ignore[misc]
     """A functional model whose updates are made of windows."""
 
 
-class AccumulatingSequential(AccumulatingModel, _keras.Sequential):  # type: ignore[misc]
+class AccumulatingSequential(_AccumulatingNetwork, _keras.Sequential):  # type: ignore[misc]
     """A Sequential model whose updates are made of windows."""
 
 
 def become_accumulating(model: Any, chain: Chain) -> None:
     """Convert a model itself: its class changes, its weights and its compile state stay."""
-    model.__class__ = _accumulating_class(type(model))
+    model.__class__ = _accumulating_class(type(model), taken_names(model))
     _set_chain(model, chain)
     model.train_function = None  # what is traced already does not accumulate
     if model._is_compiled:
@@ -67,7 +112,7 @@ def become_plain(model: Any) -> None:
     release(model)
     stop_recording(model.compiled_loss)
     model.__class__ = plain_class_of(model)
-    for name in ("_chain", "_accumulation"):
+    for name in ("_accumulating_chain", "_accumulation"):
         if name in vars(model):
             delattr(model, name)
     model.train_function = None
@@ -80,21 +125,68 @@ def plain_class_of(model: Any) -> type:
     return type(model).__mro__[type(model).__mro__.index(Accumulating) + 1]
 
 
+@contextlib.contextmanager
+def as_plain(model: Any) -> Iterator[None]:
+    """Have a converted model be of its own class for a while, for whoever writes that down."""
+    converted_class = type(model)
+    model.__class__ = plain_class_of(model)
+    try:
+        yield
+    finally:
+        model.__class__ = converted_class
+
+
+def taken_names(model: Any) -> frozenset[str]:
+    """The public names of a converted model that a plain one uses itself."""
+    return frozenset(name for name in _PUBLIC_NAMES if hasattr(model, name))
+
+
 def _set_chain(model: Any, chain: Chain) -> None:
     # Past Keras's own __setattr__, which looks for layers and variables in what it is given.
-    object.__setattr__(model, "_chain", chain)
+    object.__setattr__(model, "_accumulating_chain", chain)
 
 
-#: The converted class of each plain one.
-_CLASSES: dict[type, type] = {
-    _keras.Functional: AccumulatingFunctional,
-    _keras.Sequential: AccumulatingSequential,
+#: The converted class of each plain one, and of the names that are its own.
+_CLASSES: dict[tuple[type, frozenset[str]], type] = {
+    (_keras.Functional, frozenset()): AccumulatingFunctional,
+    (_keras.Sequential, frozenset()): AccumulatingSequential,
 }
 
 
-def _accumulating_class(base: type) -> type:
-    if base not in _CLASSES:
-        namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
-        name = f"Accumulating{base.__name__}"
-        _CLASSES[base] = type(name, (AccumulatingModel, base), namespace)
-    return _CLASSES[base]
+def _accumulating_class(base: type, taken: frozenset[str]) -> type:
+    if (base, taken) not in _CLASSES:
+        namespace: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
+        # What is the model's own stays so; None gives way to what is set on the object.
+        namespace.update((name, inspect.getattr_static(base, name, None)) for name in taken)
+        namespace.update((name, _as_plain(name)) for name in _WRITERS if hasattr(base, name))
+        made = type(f"Accumulating{base.__name__}", (AccumulatingModel, base), namespace)
+        _keras.register_as(made, AccumulatingModel)
+        _CLASSES[base, taken] = made
+    return _CLASSES[base, taken]
+
+
+def _as_plain(name: str) -> Callable[..., Any]:
+    """A method of a model that writes down the name of its class."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with as_plain(self):
+            return getattr(self, name)(*args, **kwargs)
+
+    return method
+
+
+def _class_in(config: Mapping[str, Any]) -> Any:
+    """The plain class of a config: registered, or found in its module."""
+    name = config["class_name"]
+    for known in (config["registered_name"], name):
+        found = tf_keras.utils.get_registered_object(known)
+        if found is not None:
+            return found
+    with contextlib.suppress(ImportError):
+        found = vars(importlib.import_module(config["module"])).get(name)
+    if isinstance(found, type) and issubclass(found, _keras.Model):
+        return found
+    raise ValueError(
+        f"A converted model must be loaded where its class is known; got {name!r} of module "
+        f"{config['module']!r}, which is not. Pass custom_objects={{{name!r}: {name}}}."
+    )

@@ -35,12 +35,12 @@ class Accumulating:
     """Stands in front of a tf_keras model class: its optimizers see windows, not batches."""
 
     #: Set once, at conversion.
-    _chain: Chain
+    _accumulating_chain: Chain
 
     @property
     def transforms(self) -> Chain:
         """What is done to this model, as a printable, comparable chain."""
-        return self._chain
+        return self._accumulating_chain
 
     # ---- one micro-batch ---------------------------------------------------------------
 
@@ -121,9 +121,10 @@ class Accumulating:
                 "flush must be called outside a tf.function; got a call while one is traced. "
                 "Call it between steps."
             )
-        pending = self.pending_micro_batches
+        windows = self._open_windows()
+        pending = windows.pending
         if pending:
-            self._open_windows().flush()
+            windows.flush()
         return pending
 
     def discard(self) -> int:
@@ -132,8 +133,9 @@ class Accumulating:
         Returns:
             How many micro-batches it held.
         """
-        pending = self.pending_micro_batches
-        self._open_windows().discard()
+        windows = self._open_windows()
+        pending = windows.pending
+        windows.discard()
         return pending
 
     def _open_windows(self) -> Windows:
@@ -158,10 +160,11 @@ class Accumulating:
     def fit(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102  (it is that of `wraps`)
         # The model's own, with partial windows settled at the end of each epoch.
         own_fit = super().fit  # type: ignore[misc]
-        accumulate = self._chain.find(Accumulate)
+        accumulate = self._accumulating_chain.find(Accumulate)
         if accumulate is None or accumulate.remainder == "carry":
             return own_fit(*args, **kwargs)
-        settle = self.flush if accumulate.remainder == "flush" else self.discard
+        remainder = Accumulating.flush if accumulate.remainder == "flush" else Accumulating.discard
+        settle = functools.partial(remainder, self)
         signature = inspect.signature(own_fit)
         if "callbacks" not in signature.parameters:
             kinds = {parameter.kind for parameter in signature.parameters.values()}

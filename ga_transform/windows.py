@@ -29,7 +29,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
     """
 
     def __init__(self, model: Any) -> None:
-        self.chain: Chain = model.transforms
+        self.chain: Chain = model._accumulating_chain
         self.accumulate = self.chain.find(Accumulate) or Accumulate(1)
         self._compiled_loss = self._no_dependency(model.compiled_loss)
         self._jit_compile = model.jit_compile

@@ -382,8 +382,8 @@ def test_each_part_that_cannot_be_copied_has_its_line():
     own.compile(0.1)
     refused(
         own,
-        "A model must have tf_keras's own compile to be copied; got OwnCompile 'model' with one "
-        "of its own.",
+        "A model must keep the arguments of its own compile as attributes to be copied; got "
+        "OwnCompile 'model' without one named 'rate'.",
     )
     refused(
         small(optimizer="sgd", loss="mse", metrics=[WithoutConfigMetric(1)]),

@@ -548,7 +548,9 @@ def test_a_step_that_hands_over_nothing_is_named():
     model = Hidden(inputs, layers.Dense(1)(inputs))
     model.compile("sgd", "mse")
     ga.make_accumulating(model, 4, inplace=True)
-    with pytest.warns(ga.InexactWarning, match="handed no gradients to apply_gradients of an optimizer"):
+    with pytest.warns(
+        ga.InexactWarning, match="handed no gradients to apply_gradients of an optimizer"
+    ):
         model.train_on_batch(*rows(2))
 
 

@@ -1,0 +1,124 @@
+"""Models of people's own classes, with their own `train_step`, losses and optimizers."""
+
+import cases
+import numpy as np
+import own_models
+import pytest
+import tensorflow as tf
+import tf_keras
+
+import ga_transform as ga
+
+
+def batches_of(batch, windows, seed=3):
+    """For each window, its micro-batches."""
+    rng = np.random.default_rng(seed)
+    return [[batch(rng, rows) for rows in window] for window in windows]
+
+
+def fit(model, batches, epochs=2):
+    return model.fit(cases.dataset(batches), epochs=epochs, verbose=0)
+
+
+def optimizers_of(model):
+    """Those that were handed gradients, by the name of the attribute."""
+    return {
+        name: value
+        for name, value in vars(model).items()
+        if isinstance(value, tf_keras.optimizers.Optimizer)
+    }
+
+
+def assert_same_weights(model, plain):
+    """All weights but those of metrics, which see other batches."""
+    logged = {v.ref() for metric in plain.metrics for v in metric.variables}
+    for ours, theirs in zip(model.weights, plain.weights):
+        if theirs.ref() not in logged:
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9, err_msg=theirs.name)
+
+
+@pytest.mark.parametrize("case", own_models.LAW)
+def test_the_law(float64, case):
+    """Whatever a model does in its step: the weights of the large batch, and its own logs."""
+    build, batch = own_models.LAW[case]
+    plain, model = build(), ga.make_accumulating(build(), cases.STEPS, inplace=True)
+    windows = batches_of(batch, cases.PARTIAL)
+    theirs = fit(plain, map(cases.concatenate, windows))
+    ours = fit(model, sum(windows, []))
+    assert_same_weights(model, plain)
+    assert theirs.history.keys() == ours.history.keys()
+    for name, optimizer in optimizers_of(plain).items():
+        assert int(vars(model)[name].iterations) == int(optimizer.iterations), name
+    assert type(ga.strip_accumulating(model, inplace=True)) is type(plain)
+
+
+def test_the_law_could_fail(float64):
+    """The models of these tests move: two windows more, and the weights differ."""
+    build, batch = own_models.LAW["minimize"]
+    once, twice = build(), build()
+    windows = batches_of(batch, cases.PARTIAL)
+    fit(once, map(cases.concatenate, windows), epochs=1)
+    fit(twice, map(cases.concatenate, windows), epochs=2)
+    with pytest.raises(AssertionError):
+        assert_same_weights(once, twice)
+
+
+def test_each_optimizer_counts_its_own_micro_batches(float64):
+    """Where only one of two optimizers is called in a step, the windows of both are exact."""
+    plain = own_models.adversaries(own_models.Phases)
+    model = own_models.adversaries(own_models.Phases)
+    ga.make_accumulating(model, 2, inplace=True)
+    batches = sum(batches_of(own_models.features, [[4, 1, 6, 2, 5, 3, 2, 4, 3, 1, 5, 2, 3, 3]]), [])
+    for network in (plain.generator, plain.critic):
+        network.build([None, 4])
+    held = {0: [], 1: []}
+    for position, x in enumerate(batches):
+        which = int((position + 1) % 3 == 0)
+        network = (plain.critic, plain.generator)[which]
+        optimizer = (plain.critic_optimizer, plain.generator_optimizer)[which]
+        with tf.GradientTape() as tape:
+            loss = plain.losses_of(x)[which]
+        held[which].append((len(x), tape.gradient(loss, network.trainable_variables)))
+        if len(held[which]) == 2 or position + 1 == len(batches):
+            rows = sum(rows for rows, _ in held[which])
+            means = [
+                sum(count * g for (count, _), g in zip(held[which], gradients)) / rows
+                for gradients in zip(*[gradients for _, gradients in held[which]])
+            ]
+            optimizer.apply_gradients(zip(means, network.trainable_variables))
+            held[which].clear()
+    model.fit(cases.dataset(batches), verbose=0)
+    assert_same_weights(model.critic, plain.critic)
+    assert_same_weights(model.generator, plain.generator)
+    assert int(model.critic_optimizer.iterations) == 5
+    assert int(model.generator_optimizer.iterations) == 2
+
+
+def test_what_can_be_read_of_the_optimizer_is_true(float64):
+    """Within a step: the count of updates, the learning rate and the slots of plain training."""
+
+    class Reading(own_models.TwoLayers):
+        def train_step(self, data):
+            result = super().train_step(data)
+            optimizer = self.optimizer
+            slots = [variable.name for variable in optimizer.variables]
+            rate = float(optimizer.learning_rate)
+            seen.append((int(optimizer.iterations), rate, slots, optimizer.get_config()))
+            return result
+
+    windows = batches_of(own_models.regression, [[2, 2], [2, 2], [3, 1]])
+    reads = []
+    for convert in (False, True):
+        seen = []
+        tf_keras.backend.clear_session()
+        model = Reading()
+        rate = tf_keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.5, 0.25])
+        optimizer = tf_keras.optimizers.SGD(rate, momentum=0.9)
+        model.compile(optimizer, "mse", run_eagerly=True)
+        if convert:
+            ga.make_accumulating(model, 2, inplace=True)
+        fit(model, sum(windows, []) if convert else map(cases.concatenate, windows), epochs=1)
+        reads.append(seen)
+    plain, ours = reads
+    assert ours[1::2] == plain
+    assert [count for count, *_ in ours] == [0, 1, 1, 2, 2, 3]
