@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.ops.control_flow_v2_func_graphs import WhileBodyFuncGraph
+from tensorflow.python.ops.control_flow_v2_func_graphs import (
+    ControlFlowFuncGraph,
+    WhileBodyFuncGraph,
+)
 from tf_keras import Model, Sequential, optimizers
 from tf_keras.layers import Layer
 from tf_keras.losses import Reduction
@@ -31,11 +34,13 @@ __all__ = [
     "averages_of",
     "current_graph",
     "flatten_layers",
+    "graphs_within",
     "has_functional_init",
     "has_own_gradients",
     "has_sum_losses",
-    "is_in_a_loop_within",
+    "is_function",
     "is_keras_own",
+    "is_loop",
     "is_on_one_device",
     "is_within_reach",
     "optimizers_of",
@@ -150,24 +155,31 @@ def current_graph() -> Any:
     return tf.compat.v1.get_default_graph()
 
 
+def graphs_within(outer: Any) -> list[Any]:
+    """The graphs from the one that is traced out to an outer one, which is left out."""
+    graphs = []
+    graph = current_graph()
+    while graph is not None and graph is not outer:
+        graphs.append(graph)
+        graph = getattr(graph, "outer_graph", None)
+    return graphs
+
+
 def is_within_reach(tensor: tf.Tensor) -> bool:
     """Whether a tensor can be used here: not one of another branch or loop of the graph."""
     if not hasattr(tensor, "graph"):  # it has a value
         return True
-    graph = current_graph()
-    while graph is not None and graph is not tensor.graph:
-        graph = getattr(graph, "outer_graph", None)
-    return graph is not None
+    return any(graph is tensor.graph for graph in graphs_within(None))
 
 
-def is_in_a_loop_within(outer: Any) -> bool:
-    """Whether what is traced stands in a TensorFlow loop of an outer graph."""
-    graph = current_graph()
-    while graph is not None and graph is not outer:
-        if isinstance(graph, WhileBodyFuncGraph):
-            return True
-        graph = getattr(graph, "outer_graph", None)
-    return False
+def is_loop(graph: Any) -> bool:
+    """Whether a graph is the body of a loop of TensorFlow."""
+    return isinstance(graph, WhileBodyFuncGraph)
+
+
+def is_function(graph: Any) -> bool:
+    """Whether a graph is that of a function, not of a branch or a loop."""
+    return not isinstance(graph, ControlFlowFuncGraph)
 
 
 def flatten_layers(model: Any) -> list[Any]:

@@ -232,7 +232,7 @@ def _compile_like(model: Any, copy: Any) -> None:
 
 def _own_arguments(model: Any, usual: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a `compile` of the model's own, which are attributes of their names."""
-    arguments = {}
+    arguments: dict[str, Any] = {}
     parameters = inspect.signature(model.compile).parameters
     for name, parameter in parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:

@@ -20,7 +20,7 @@ from ga_transform.numerics import Gradient, added, map_values, widened
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Share, Window
 from ga_transform.weighting import Weighting
-from ga_transform.windows import Windows
+from ga_transform.windows import Turn, Windows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,11 +57,12 @@ class MicroStep:
         #: The weight by which the loss is multiplied, and that in units of its window's first.
         self._weighed_by: Optional[tuple[tf.Tensor, tf.Tensor]] = None
         self._held: Optional[_Held] = None
-        #: How often each optimizer has been handed gradients in this step.
-        self._turns: dict[int, int] = {}
+        #: How often each optimizer has been handed gradients in each function of this step.
+        self._turns: dict[Any, int] = {}
         self._latest_window: Optional[Window] = None
 
     def __enter__(self) -> Self:
+        self._windows.has_stepped = True
         divert(self.model)
         self._graph = _keras.current_graph()
         terms = self._scope.enter_context(record_losses(self.model.compiled_loss))
@@ -152,7 +153,8 @@ class MicroStep:
         self, optimizer: Any, grads_and_vars: Iterable[Any], args: Any, kwargs: Any
     ) -> Any:
         """Take the gradients that the model hands to an optimizer into its window."""
-        if _keras.is_in_a_loop_within(self._graph):
+        graphs = _keras.graphs_within(self._graph)
+        if any(map(_keras.is_loop, graphs)):
             self._windows.warn_once(
                 "loop",
                 f"{self.model.name}: train_step calls apply_gradients in a loop of TensorFlow, "
@@ -161,9 +163,7 @@ class MicroStep:
             )
         pairs = list(grads_and_vars)
         present = [variable for gradient, variable in pairs if gradient is not None]
-        turn = self._turns.setdefault(id(optimizer), 0)
-        if self._held is None:
-            self._turns[id(optimizer)] += 1
+        turn = self._turn(optimizer, list(filter(_keras.is_function, graphs)))
         window = self._latest_window = self._windows.open(optimizer, turn)
         kind = self._kind(optimizer)
         if self._weighed_by is None:
@@ -218,6 +218,17 @@ class MicroStep:
             return tf.constant(0)
 
         return tf.cond(tf.equal(window.micro_batches, 0), act, lambda: tf.constant(0))
+
+    def _turn(self, optimizer: Any, functions: list[Any]) -> Turn:
+        """Which call of an optimizer this is, of those that a step makes.
+
+        Functions that are called in a step may be traced several times: their names tell them.
+        """
+        place = id(optimizer), functions[0] if functions else None
+        count = self._turns.setdefault(place, 0)
+        if self._held is None:
+            self._turns[place] += 1
+        return *(function.name for function in functions), count
 
     def _kind(self, optimizer: Any) -> str:
         return self._weighting.kind(optimizer) if self.kind is None else self.kind

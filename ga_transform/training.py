@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -161,20 +161,17 @@ class Accumulating:
         # The model's own, with partial windows settled at the end of each epoch.
         own_fit = super().fit  # type: ignore[misc]
         accumulate = self._accumulating_chain.find(Accumulate)
-        if accumulate is None or accumulate.remainder == "carry":
-            return own_fit(*args, **kwargs)
-        remainder = Accumulating.flush if accumulate.remainder == "flush" else Accumulating.discard
-        settle = functools.partial(remainder, self)
+        settle = _SETTLING["flush" if accumulate is None else accumulate.remainder]
         signature = inspect.signature(own_fit)
         if "callbacks" not in signature.parameters:
             kinds = {parameter.kind for parameter in signature.parameters.values()}
             if inspect.Parameter.VAR_KEYWORD not in kinds:
                 result = own_fit(*args, **kwargs)  # takes none, so it is settled once
-                settle()
+                settle(self)
                 return result
             signature = inspect.signature(functools.partial(_keras.Model.fit, self))
         call = signature.bind_partial(*args, **kwargs)
-        end_of_epoch = _EndOfEpoch(settle)
+        end_of_epoch = _EndOfEpoch(self, settle)
         given = call.arguments.get("callbacks")
         if not isinstance(given, keras_callbacks.CallbackList):
             # First of all, so that every other callback sees the weights of whole epochs.
@@ -187,6 +184,14 @@ class Accumulating:
             given.callbacks.remove(end_of_epoch)
 
 
+#: By `Accumulate.remainder`, what becomes of a partial window at the end of an epoch.
+_SETTLING: Mapping[str, Callable[[Accumulating], Any]] = {
+    "flush": Accumulating.flush,
+    "drop": Accumulating.discard,
+    "carry": lambda _: None,
+}
+
+
 class _EndOfEpoch(keras_callbacks.Callback):  # type: ignore[misc]
     """Settles a partial window when an epoch's batches are done.
 
@@ -194,12 +199,20 @@ class _EndOfEpoch(keras_callbacks.Callback):  # type: ignore[misc]
     `evaluate` in the middle of an epoch has others, and settles nothing.
     """
 
-    def __init__(self, settle: Callable[[], int]) -> None:
+    def __init__(self, accumulating: Accumulating, settle: Callable[[Accumulating], Any]) -> None:
         super().__init__()
+        self._accumulating = accumulating
         self._settle = settle
 
     def on_test_begin(self, logs: Any = None) -> None:
-        self._settle()
+        self._settle(self._accumulating)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._settle()
+        self._settle(self._accumulating)
+        windows = self._accumulating._open_windows()
+        if logs and not windows.has_stepped:
+            windows.warn_once(
+                "step",
+                f"{self.model.name}: its training function does not call train_step, so that "
+                "there is nothing to accumulate. Have make_train_function call self.train_step.",
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import tensorflow as tf
 
@@ -18,7 +18,10 @@ from ga_transform.specs import Accumulate
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Update, Window
 
-__all__ = ["Windows"]
+__all__ = ["Turn", "Windows"]
+
+#: A call of an optimizer in a step: the functions it stands in, and how many were before it there.
+Turn = tuple[Union[str, int], ...]
 
 
 class Windows(_keras.AutoTrackable):  # type: ignore[misc]
@@ -37,6 +40,8 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self._windows = self._no_dependency({})
         self._updates = self._no_dependency({})
         self._flushes = self._no_dependency({})
+        #: Whether a step of the model has come here.
+        self.has_stepped = False
         self._warned = self._no_dependency(set())
         optimizers = _keras.optimizers_of(model)
         self._optimizers = frozenset(map(id, optimizers))
@@ -63,12 +68,12 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         """The window that was opened first, if there is one."""
         return next(iter(self._windows.values()), None)
 
-    def open(self, optimizer: Any, turn: int = 0) -> Window:
+    def open(self, optimizer: Any, turn: Turn = (0,)) -> Window:
         """The window of an optimizer.
 
         Args:
             optimizer: An optimizer of the model.
-            turn: How often the same step has called it before; each turn has its own window.
+            turn: Which of a step's calls of it this is; each has its own window.
         """
         key = (id(optimizer), turn)
         if key not in self._windows:
@@ -77,7 +82,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             self._windows[key] = window
         return self._windows[key]  # type: ignore[no-any-return]
 
-    def update_of(self, optimizer: Any, turn: int, args: Any, kwargs: Any) -> Update:
+    def update_of(self, optimizer: Any, turn: Turn, args: Any, kwargs: Any) -> Update:
         """How an optimizer makes an update: through the stages, then by itself.
 
         Args:

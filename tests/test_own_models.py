@@ -122,3 +122,24 @@ def test_what_can_be_read_of_the_optimizer_is_true(float64):
     plain, ours = reads
     assert ours[1::2] == plain
     assert [count for count, *_ in ours] == [0, 1, 1, 2, 2, 3]
+
+
+def test_a_training_function_without_a_step_is_named():
+    """Where `make_train_function` does it all, there is nothing to accumulate; a warning says so."""
+
+    class Bypass(own_models.TwoLayers):
+        def make_train_function(self):
+            def step(iterator):
+                x, y = next(iterator)
+                with tf.GradientTape() as tape:
+                    loss = own_models.mean_square(y, self(x))
+                self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+                return {"loss": loss}
+
+            return step
+
+    model = Bypass()
+    model.compile("sgd")
+    ga.make_accumulating(model, 2, inplace=True)
+    with pytest.warns(ga.InexactWarning, match="does not call train_step"):
+        model.fit(*own_models.regression(np.random.default_rng(0), 4), verbose=0)

@@ -90,11 +90,13 @@ def test_what_a_copy_cannot_know_is_named():
 
     model = Forgetful()
     model.compile("sgd", 3)
-    with pytest.raises(ValueError, match="without one named 'secret'. Pass inplace=True"):
+    with pytest.raises(ValueError, match=r"without one named 'secret'. Pass inplace=True"):
         ga.make_accumulating(model, 2)
     model = Configured()
     model.compile("sgd", penalty=tf.Variable(0.1, trainable=False))
-    with pytest.raises(ValueError, match="'penalty' of its compile is a ResourceVariable. Pass inplace=True"):
+    with pytest.raises(
+        ValueError, match=r"'penalty' of its compile is a ResourceVariable. Pass inplace=True"
+    ):
         ga.make_accumulating(model, 2)
 
 

@@ -1,0 +1,290 @@
+"""Batches of any structure, and what a micro-batch weighs where the loss is the model's own."""
+
+import cases
+import numpy as np
+import own_models
+import pytest
+import tensorflow as tf
+import tf_keras
+from tf_keras import layers
+
+import ga_transform as ga
+
+WORDS = np.array(["one", "two", "three", "four"])
+
+
+class Step(tf_keras.Model):
+    """A loss of its own, a mean over rows, of whatever `predict` makes of a batch."""
+
+    def __init__(self, predict):
+        super().__init__()
+        self.predict_rows = predict
+        self.top = own_models.dense(1)
+
+    def call(self, data):
+        return self.top(self.predict_rows(data))
+
+    def train_step(self, data):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(data) - 1.0) ** 2)
+        self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+        return {"loss": loss}
+
+
+class Coordinates(tf.experimental.BatchableExtensionType):
+    """A type of the user's own."""
+
+    left: tf.Tensor
+    right: tf.Tensor
+
+
+def ragged(rng, rows):
+    lengths = rng.integers(1, 4, size=rows)
+    return tf.RaggedTensor.from_row_lengths(rng.normal(size=lengths.sum()), lengths)
+
+
+def sparse(rng, rows):
+    return tf.sparse.from_dense(rng.normal(size=[rows, 3]) * rng.integers(0, 2, size=[rows, 3]))
+
+
+def normal(rng, rows):
+    return tf.constant(rng.normal(size=[rows, 3]))
+
+
+#: What a batch is, and what its step takes of it. Shape: [rows, features].
+DATA = {
+    "a tensor": (normal, lambda x: x),
+    "a tuple of one": (lambda rng, rows: (normal(rng, rows),), lambda data: data[0]),
+    "targets": (
+        lambda rng, rows: (normal(rng, rows), normal(rng, rows)),
+        lambda data: data[0] * data[1],
+    ),
+    "four views": (
+        lambda rng, rows: tuple(normal(rng, rows) for _ in range(4)),
+        tf.add_n,
+    ),
+    "a nest": (
+        lambda rng, rows: {"a": [normal(rng, rows), None], "b": {"c": (normal(rng, rows),)}},
+        lambda data: data["a"][0] + data["b"]["c"][0],
+    ),
+    "scalars first": (
+        lambda rng, rows: {"a": tf.constant(2.0, tf.float64), "x": normal(rng, rows)},
+        lambda data: data["a"] * data["x"],
+    ),
+    "ragged": (ragged, lambda x: x.to_tensor(shape=[None, 4])),
+    "sparse": (sparse, tf.sparse.to_dense),
+    "strings": (
+        lambda rng, rows: tf.constant(rng.choice(WORDS, size=[rows, 2])),
+        lambda x: tf.cast(tf.strings.length(x), tf.float64) / 5.0,
+    ),
+    "a type of its own": (
+        lambda rng, rows: (
+            Coordinates(normal(rng, rows), normal(rng, rows)),
+            tf.zeros([rows], tf.float64),
+        ),
+        lambda data: data[0].left * data[0].right,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_rows_are_found_in_data_of_any_shape(float64, kind):
+    """A mean over rows of the model's own weighs by rows, which are found wherever they are."""
+    batch, predict = DATA[kind]
+    model = Step(predict)
+    model.compile(tf_keras.optimizers.SGD(0.1))
+    rng = np.random.default_rng(0)
+    batches = [batch(rng, rows) for rows in (4, 1, 3)]
+    for data in batches:
+        model(data)
+    features = np.concatenate([np.asarray(predict(data)) for data in batches])
+    kernel, bias = model.get_weights()
+    ga.make_accumulating(model, 3, inplace=True)
+    step = tf.function(model.train_step)
+    for data in batches:
+        step(data)
+    residual = 2 * (features @ kernel + bias - 1.0) / 8
+    np.testing.assert_allclose(model.top.kernel, kernel - 0.1 * features.T @ residual, atol=1e-9)
+    np.testing.assert_allclose(model.top.bias, bias - 0.1 * residual.sum(0), atol=1e-9)
+
+
+def test_a_batch_without_rows_asks_what_it_weighs():
+    """Where no tensor has rows each micro-batch counts as one, and a warning asks for more."""
+    model = Step(lambda x: tf.reshape(x, [1, 1]))
+    model.compile("sgd")
+    ga.make_accumulating(model, 2, inplace=True)
+    with pytest.warns(ga.InexactWarning, match="no tensor whose rows could be counted"):
+        model.train_step(tf.constant(1.0))
+
+
+def test_tensors_of_different_lengths_ask_what_they_weigh():
+    """Nodes, edges and graphs: the first counts, a warning says so, and a function has its way."""
+    data = {"edges": tf.zeros([7, 2]), "nodes": tf.zeros([4, 3])}
+    for weighting, warns in (("exact", True), (lambda data: tf.shape(data["nodes"])[0], False)):
+        model = Step(lambda data: data["nodes"])
+        model.compile("sgd")
+        transforms = [ga.Accumulate(2, weighting=weighting)]
+        ga.make_accumulating(model, transforms=transforms, inplace=True)
+        if warns:
+            with pytest.warns(ga.InexactWarning, match="first dimensions of 7 and 4, of which"):
+                model.train_step(data)
+        else:
+            model.train_step(data)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "weights"),
+    [("exact", [4, 1, 3]), ("equal", [1, 1, 1]), (lambda x: tf.reduce_sum(x[:, 0]), None)],
+    ids=["rows", "equal", "a function"],
+)
+def test_what_weighs_a_loss_of_its_own(float64, weighting, weights):
+    """Rows by default; equally; or by what a function of the batch returns."""
+    rng = np.random.default_rng(1)
+    batches = [np.abs(rng.normal(size=[rows, 3])) for rows in (4, 1, 3)]
+    weights = weights or [x[:, 0].sum() for x in batches]
+    model = Step(lambda x: x)
+    model.compile(tf_keras.optimizers.SGD(0.1))
+    model(batches[0])
+    kernel, bias = model.get_weights()
+    transforms = [ga.Accumulate(3, weighting=weighting)]
+    ga.make_accumulating(model, transforms=transforms, inplace=True)
+    for x in batches:
+        model.train_step(x)
+    gradient = sum(
+        weight * x.T @ (2 * (x @ kernel + bias - 1.0) / len(x))
+        for weight, x in zip(weights, batches)
+    )
+    np.testing.assert_allclose(
+        model.top.kernel, kernel - 0.1 * gradient / sum(weights), rtol=0, atol=1e-9
+    )
+
+
+def test_a_loss_that_is_reduced_before_it_is_compiled_weighs_by_rows(float64):
+    """`compiled_loss` of one number stands for the rows of the batch."""
+
+    class Internal(own_models.TwoLayers):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = own_models.mean_square(y, self(x))[tf.newaxis]
+                loss = self.compiled_loss(loss, loss)
+            self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+            return {"loss": loss}
+
+    plain, model = Internal(), Internal()
+    for each in (plain, model):
+        each.compile(own_models.momentum(), loss=lambda y_true, y_pred: y_pred)
+    ga.make_accumulating(model, 3, inplace=True)
+    x, y = own_models.regression(np.random.default_rng(2), 8)
+    plain.train_on_batch(x, y)
+    for rows in (slice(0, 4), slice(4, 5), slice(5, 8)):
+        model.train_on_batch(x[rows], y[rows])
+    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+
+
+def variational():
+    """No targets and no compiled loss: all of it by `add_loss`, in rows and of weights."""
+    inputs = tf_keras.Input([4])
+    code = layers.Dense(2, "tanh", kernel_regularizer="l2")(inputs)
+    model = tf_keras.Model(inputs, layers.Dense(4)(code))
+    model.add_loss(tf.reduce_mean(tf.square(inputs - model.output)))
+    model.add_loss(tf.reduce_mean(tf.abs(code)))
+    return cases.Case(model, {}, lambda rng, rows: (rng.normal(size=[rows, 4]),))
+
+
+def test_data_without_targets(float64):
+    """A functional model whose losses are added to it: the law, on features alone."""
+    cases.assert_law(variational(), own_models.momentum, cases.PARTIAL, 1e-9)
+
+
+def test_losses_of_branches_of_the_graph(float64):
+    """A compiled loss that is taken in one branch of a condition weighs nothing in another."""
+
+    class Branching(own_models.TwoLayers):
+        def train_step(self, data):
+            def one(factor):
+                x, y = data
+                with tf.GradientTape() as tape:
+                    loss = factor * self.compiled_loss(y, self(x))
+                self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+                return loss
+
+            return {
+                "loss": tf.cond(
+                    self.optimizer.iterations < 1, lambda: one(1.0), lambda: one(0.5)
+                )
+            }  # fmt: skip
+
+    plain, model = Branching(), Branching()
+    for each in (plain, model):
+        each.compile(own_models.momentum(), "mse")
+    ga.make_accumulating(model, 3, inplace=True)
+    rng = np.random.default_rng(3)
+    windows = [[own_models.regression(rng, n) for n in window] for window in cases.UNEVEN]
+    plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
+    model.fit(cases.dataset(sum(windows, [])), verbose=0)
+    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+
+
+class InFunctions(own_models.TwoLayers):
+    """Its step is a function of TensorFlow, and calls two more."""
+
+    @tf.function
+    def train_step(self, data):
+        return {"loss": self.first(*data) + self.second(*data)}
+
+    @tf.function
+    def first(self, x, y):
+        with tf.GradientTape() as tape:
+            loss = own_models.mean_square(y, self(x))
+        variables = self.top.trainable_variables
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+        return loss
+
+    @tf.function
+    def second(self, x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.abs(self.hidden(x)))
+        variables = self.hidden.trainable_variables
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+        return loss
+
+
+def test_a_step_of_functions(float64):
+    """Functions within the step, which are traced more than once: a window for each call."""
+    plain, model = InFunctions(), InFunctions()
+    rng = np.random.default_rng(4)
+    windows = [[own_models.regression(rng, n) for n in window] for window in cases.PARTIAL]
+    for each in (plain, model):
+        each.compile(tf_keras.optimizers.legacy.SGD(0.125))
+    ga.make_accumulating(model, 3, inplace=True)
+    plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
+    model.fit(cases.dataset(sum(windows, [])), verbose=0)
+    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+
+
+def test_a_loop_of_tensorflow_is_named():
+    """Each pass of it counts as a micro-batch, and a warning says so."""
+
+    class Looping(own_models.TwoLayers):
+        @tf.function
+        def train_step(self, data):
+            x, y = data
+            for _ in tf.range(2):
+                with tf.GradientTape() as tape:
+                    loss = own_models.mean_square(y, self(x))
+                self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+            return {"loss": 0.0}
+
+    model = Looping()
+    model.compile("sgd", "mse")
+    x, y = own_models.regression(np.random.default_rng(0), 2)
+    model(x)
+    model.optimizer.build(model.trainable_variables)
+    ga.make_accumulating(model, 2, inplace=True)
+    with pytest.warns(ga.InexactWarning, match="in a loop of TensorFlow, where each pass counts"):
+        model.fit(x, y, verbose=0)
+    assert int(model.optimizer.iterations) == 1
