@@ -30,6 +30,7 @@ from ga_transform.specs import (
 )
 
 if TYPE_CHECKING:
+    from ga_transform.callbacks import per_update as per_update
     from ga_transform.conversion import accumulating as accumulating
     from ga_transform.conversion import make_accumulating as make_accumulating
     from ga_transform.conversion import strip_accumulating as strip_accumulating
@@ -52,6 +53,7 @@ __all__ = [
     "Transform",
     "accumulating",
     "make_accumulating",
+    "per_update",
     "register_transform",
     "strip_accumulating",
 ]
@@ -60,6 +62,7 @@ _LAZY = {
     "accumulating": "ga_transform.conversion",
     "make_accumulating": "ga_transform.conversion",
     "strip_accumulating": "ga_transform.conversion",
+    "per_update": "ga_transform.callbacks",
     "register_transform": "ga_transform.stages",
 }
 

@@ -38,6 +38,7 @@ __all__ = [
     "has_functional_init",
     "has_own_gradients",
     "has_sum_losses",
+    "held_by",
     "is_function",
     "is_keras_own",
     "is_loop",
@@ -68,15 +69,15 @@ def register_as(model_class: type, known: type) -> None:
 
 def optimizers_of(model: Any) -> list[Any]:
     """The optimizers that a model and its layers hold, by themselves or in containers."""
-    return _held_by(model, _is_optimizer)
+    return held_by(model, _is_optimizer)
 
 
 def averages_of(model: Any) -> list[Any]:
     """The moving averages of weights that a model and its layers hold."""
-    return _held_by(model, lambda item: isinstance(item, tf.train.ExponentialMovingAverage))
+    return held_by(model, lambda item: isinstance(item, tf.train.ExponentialMovingAverage))
 
 
-def _held_by(model: Any, is_wanted: Callable[[Any], bool]) -> list[Any]:
+def held_by(model: Any, is_wanted: Callable[[Any], bool]) -> list[Any]:
     """The objects of a kind among the attributes of a model and its layers, each once."""
     found = {}
     for layer in model._flatten_layers():
@@ -109,6 +110,7 @@ def _is_optimizer(item: Any) -> bool:
 
 def has_own_gradients(optimizer: Any) -> bool:
     """Whether an optimizer computes its gradients by a method that is not tf_keras's."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     for name in ("minimize", "compute_gradients", "_compute_gradients", "get_gradients"):
         method = getattr(type(optimizer), name, None)
         if method is not None and method.__module__.split(".")[0] != "tf_keras":

@@ -63,6 +63,7 @@ class MicroStep:
 
     def __enter__(self) -> Self:
         self._windows.has_stepped = True
+        self._windows.hold_pass_counters()
         divert(self.model)
         self._graph = _keras.current_graph()
         terms = self._scope.enter_context(record_losses(self.model.compiled_loss))

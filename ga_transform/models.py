@@ -14,6 +14,7 @@ from ga_transform import _keras
 from ga_transform.chain import Chain
 from ga_transform.diversion import release
 from ga_transform.loss_terms import stop_recording
+from ga_transform.neighbours import WRITERS_OF_CLASS
 from ga_transform.training import Accumulating
 
 __all__ = [
@@ -29,8 +30,6 @@ __all__ = [
 
 #: What a converted model has beside its own.
 _PUBLIC_NAMES = ("transforms", "pending_micro_batches", "flush", "discard")
-#: Methods of other packages' models that write down the name of the class.
-_WRITERS = ("save_pretrained",)
 
 
 class AccumulatingModel(Accumulating):
@@ -158,7 +157,9 @@ def _accumulating_class(base: type, taken: frozenset[str]) -> type:
         namespace: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
         # What is the model's own stays so; None gives way to what is set on the object.
         namespace.update((name, inspect.getattr_static(base, name, None)) for name in taken)
-        namespace.update((name, _as_plain(name)) for name in _WRITERS if hasattr(base, name))
+        namespace.update(
+            (name, _as_plain(name)) for name in WRITERS_OF_CLASS if hasattr(base, name)
+        )
         made = type(f"Accumulating{base.__name__}", (AccumulatingModel, base), namespace)
         _keras.register_as(made, AccumulatingModel)
         _CLASSES[base, taken] = made

@@ -13,6 +13,7 @@ from ga_transform import _keras
 from ga_transform.chain import Chain
 from ga_transform.diversion import running, undiverted
 from ga_transform.errors import InexactWarning
+from ga_transform.neighbours import couplings_of, pass_counters_of
 from ga_transform.numerics import Gradient
 from ga_transform.specs import Accumulate
 from ga_transform.stages import apply_stages
@@ -47,6 +48,14 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self._optimizers = frozenset(map(id, optimizers))
         for optimizer in optimizers:
             self.open(optimizer)
+        self._pass_counters = self._no_dependency(pass_counters_of(model))
+        couplings = couplings_of(model)
+        if couplings and self.accumulate.steps != 1:
+            self.warn_once(
+                "couplings",
+                f"{model.name}: {', '.join(couplings)} couples the rows of a batch, so updates "
+                "are not those of the large batch.",
+            )
 
     def belong_to(self, model: Any) -> bool:
         """Whether the model is compiled as it was, with optimizers that it still has."""
@@ -55,6 +64,12 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             and self._jit_compile == model.jit_compile
             and self._optimizers <= set(map(id, _keras.optimizers_of(model)))
         )
+
+    def hold_pass_counters(self) -> None:
+        """Have what counts the passes of training count windows: all but their first pass."""
+        if self.first is not None and self.accumulate.steps != 1:
+            for counter in self._pass_counters:
+                counter.assign_sub(tf.cast(self.first.micro_batches > 0, counter.dtype))
 
     @property
     def pending(self) -> int:
