@@ -12,7 +12,7 @@ from tensorflow.python.ops.control_flow_v2_func_graphs import (
 )
 from tf_keras import Model, Sequential, optimizers
 from tf_keras.layers import Layer
-from tf_keras.losses import Reduction
+from tf_keras.losses import Loss, Reduction
 from tf_keras.src.engine import data_adapter, functional
 from tf_keras.src.engine.base_layer_utils import REVIVED_LOSS_PLACEHOLDER
 from tf_keras.src.engine.compile_utils import LossesContainer
@@ -39,6 +39,7 @@ __all__ = [
     "has_own_gradients",
     "has_sum_losses",
     "held_by",
+    "held_sum_losses",
     "is_function",
     "is_keras_own",
     "is_loop",
@@ -141,7 +142,13 @@ def is_on_one_device(strategy: tf.distribute.Strategy) -> bool:
 
 def is_keras_own(model: Any, mixin: type, method: str) -> bool:
     """Whether a method behind the mixin is that of tf_keras's `Model` itself."""
-    return getattr(super(mixin, type(model)), method) is getattr(Model, method)
+    behind = getattr(super(mixin, type(model)), method)
+    return method not in vars(model) and behind is getattr(Model, method)
+
+
+def held_sum_losses(model: Any) -> list[Any]:
+    """The loss objects that a model and its layers hold, and that sum over their elements."""
+    return held_by(model, lambda item: isinstance(item, Loss) and item.reduction == Reduction.SUM)
 
 
 def has_sum_losses(model: Any) -> bool:

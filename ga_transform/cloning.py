@@ -20,6 +20,8 @@ from ga_transform import _keras
 
 __all__ = ["clone_with_state"]
 
+#: What a config that does not fit its class raises.
+_UNFIT = (AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
 _REMEDY = "Pass inplace=True: it copies nothing."
 
 
@@ -71,7 +73,13 @@ def _clone_layers(model: Any, plain_class: Any, clones: dict[int, Any]) -> Any:
             f"A model must define get_config to be copied; got "
             f"{plain_class.__name__} {model.name!r} without one. {_REMEDY}"
         )
-    return plain_class.from_config(plain_class.get_config(model))
+    try:
+        return plain_class.from_config(plain_class.get_config(model))
+    except _UNFIT as error:
+        raise ValueError(
+            f"A model must be made from its config to be copied; got {plain_class.__name__} "
+            f"{model.name!r}, which cannot. {_REMEDY}"
+        ) from error
 
 
 def _clone_layer(layer: Any, clones: dict[int, Any]) -> Any:
@@ -85,22 +93,25 @@ def _clone_layer(layer: Any, clones: dict[int, Any]) -> Any:
 
 
 def _clone_from_config(layer: Any) -> Any:
+    if type(layer) is tf_keras.layers.Lambda:
+        config = layer.get_config()
+        return tf_keras.layers.Lambda(
+            layer.function,
+            output_shape=layer._output_shape,
+            mask=layer.mask,
+            arguments=layer.arguments,
+            **{name: config[name] for name in ("name", "trainable", "dtype")},
+        )
     try:
         config = layer.get_config()
-        for name in config:
-            # Functions as they are: a config holds the name, or the code, of a lambda.
-            if _is_own(getattr(layer, name, None)):
-                config[name] = getattr(layer, name)
-        if type(layer) is tf_keras.layers.Lambda:
-            return tf_keras.layers.Lambda(
-                layer.function,
-                output_shape=layer._output_shape,
-                mask=layer.mask,
-                arguments=layer.arguments,
-                **{name: config[name] for name in ("name", "trainable", "dtype")},
-            )
-        return type(layer).from_config(config)
-    except (TypeError, ValueError, NotImplementedError, KeyError) as error:
+        # Functions as they are: a config holds the name, or the code, of a lambda.
+        own = {name: getattr(layer, name, None) for name in config}
+        functions = {name: value for name, value in own.items() if _is_own(value)}
+        try:
+            return type(layer).from_config({**config, **functions})
+        except _UNFIT:
+            return type(layer).from_config(config)
+    except _UNFIT as error:
         raise ValueError(
             f"A model must have layers that can be made from their configs to be copied; got "
             f"{type(layer).__name__} {layer.name!r}, which cannot. {_REMEDY}"
@@ -280,10 +291,11 @@ def _copy_compile_state(model: Any, copy: Any) -> None:
 def _clone_by_config(item: Any) -> Any:
     try:
         return type(item).from_config(item.get_config())
-    except (TypeError, ValueError, NotImplementedError, KeyError) as error:
+    except _UNFIT as error:
+        name = getattr(item, "name", None) or getattr(item, "_name", "")
         raise ValueError(
             "A model must be compiled with objects that can be made from their configs to be "
-            f"copied; got {type(item).__name__} {item.name!r}, which cannot. {_REMEDY}"
+            f"copied; got {type(item).__name__} {name!r}, which cannot. {_REMEDY}"
         ) from error
 
 

@@ -184,11 +184,11 @@ def weighting(spec: object, field: attrs.Attribute[Any], value: object) -> None:
     """A known word, or a function."""
     if callable(value):
         return
-    rule = "'exact', 'equal' or a function of the batch"
+    rule = "'exact', 'equal', 'sum' or a function of the batch"
     remedy = "'exact' weighs each micro-batch by what its mean loss divided by."
     if not isinstance(value, str):
         raise wrong_type(_owner(spec, field), rule, value, remedy)
-    if value not in ("exact", "equal"):
+    if value not in ("exact", "equal", "sum"):
         raise wrong_value(_owner(spec, field), rule, value, remedy)
 
 

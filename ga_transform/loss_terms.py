@@ -128,9 +128,8 @@ class _RecordedLoss:
         count, extent = _count(elements, mask)
         if kind == MEAN:
             value = tf.math.divide_no_nan(value, tf.cast(count, value.dtype))
-        if mask is None and elements.shape.num_elements() == 1:
-            # A loss that is one number already is the mean over the rows.
-            count, extent = _count_rows_behind(y_true), _ROWS
+        if mask is None:
+            count, extent = _where_one_number(elements, y_true, count, extent)
         weighted = value if self._weight is None else value * self._weight
         self._terms.append(LossTerm(self._output, kind, weighted, count, extent))
         return value
@@ -161,6 +160,8 @@ def _count(elements: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, Hash
     if isinstance(elements, tf.RaggedTensor):
         return _float64(tf.size(elements.flat_values)), None
     size = _float64(tf.size(elements))
+    if elements.shape.rank is None:
+        return size, None
     if mask is not None:
         # A mask of fewer axes than the loss stands for all elements along the missing ones.
         valid = tf.reduce_sum(tf.cast(mask, tf.float64))
@@ -173,12 +174,22 @@ def _count(elements: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, Hash
     return size, _ROWS if fixed else None
 
 
-def _count_rows_behind(y_true: Any) -> Optional[tf.Tensor]:
-    """The rows that a loss of one number is the mean of, if it was not reduced before."""
-    reduced_before = all(
-        tf.TensorShape(item.shape).num_elements() == 1 for item in tf.nest.flatten(y_true)
-    )
-    return None if reduced_before else count_rows(y_true)
+def _where_one_number(
+    elements: tf.Tensor, y_true: Any, count: tf.Tensor, extent: Hashable
+) -> tuple[Optional[tf.Tensor], Hashable]:
+    """What is counted instead where a loss is one number already: the rows it is the mean of.
+
+    None where it was reduced before it came here, so that the targets are one number too.
+    """
+    if isinstance(elements, tf.RaggedTensor):
+        return count, extent
+    rows = count_rows(y_true)
+    if elements.shape.rank is None and rows is not None:
+        return tf.where(tf.rank(elements) > 0, count, rows), None
+    if elements.shape.num_elements() != 1:
+        return count, extent
+    sizes = [tf.TensorShape(item.shape).num_elements() for item in tf.nest.flatten(y_true)]
+    return None if set(sizes) == {1} else rows, _ROWS
 
 
 def disagreeing(terms: list[LossTerm], has_activation_losses: bool) -> list[str]:

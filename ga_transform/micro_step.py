@@ -75,12 +75,12 @@ class MicroStep:
 
     def __exit__(self, *error: object) -> None:
         self._scope.__exit__(*error)  # type: ignore[arg-type]
-        if not self._turns and error[0] is None:
+        if not (self._turns or self._windows.has_been_handed or error[0] is not None):
             self._windows.warn_once(
                 "optimizers",
                 f"{self.model.name}: train_step has handed no gradients to apply_gradients of an "
                 "optimizer of the model, so that there is nothing to accumulate. Keep its "
-                "optimizers as attributes of the model or of its layers.",
+                "optimizers as attributes of the model or of its layers, and convert it before it trains.",
             )
 
     # ---- the loss ------------------------------------------------------------------------

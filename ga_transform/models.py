@@ -70,10 +70,6 @@ class AccumulatingModel(Accumulating):
 class _AccumulatingNetwork(AccumulatingModel):
     """A model of layers that tf_keras itself can make anew: their config, with the chain."""
 
-    #: A SavedModel whose layers are not registered is refused, where tf_keras would revive it
-    #: as a model that cannot accumulate.
-    _must_restore_from_config = True
-
     def get_config(self) -> dict[str, Any]:
         """The config of the base, with the chain."""
         config = super(Accumulating, self).get_config()  # type: ignore[misc]
@@ -88,6 +84,20 @@ class _AccumulatingNetwork(AccumulatingModel):
         _set_chain(model, chain)
         return model
 
+    @property
+    def _trackable_saved_model_saver(self) -> Any:
+        saver = super()._trackable_saved_model_saver  # type: ignore[misc]
+        own = saver._python_properties_internal
+
+        def properties() -> Any:
+            # A SavedModel whose layers are not registered is refused, where tf_keras would
+            # revive it as a model that cannot accumulate. Set on the model itself, this would
+            # leave out the functions that serve predictions, too.
+            return {**own(), "must_restore_from_config": True}
+
+        saver._python_properties_internal = properties
+        return saver
+
 
 class AccumulatingFunctional(_AccumulatingNetwork, _keras.Functional):  # type: ignore[misc]
     """A functional model whose updates are made of windows."""
@@ -101,6 +111,10 @@ def become_accumulating(model: Any, chain: Chain) -> None:
     """Convert a model itself: its class changes, its weights and its compile state stay."""
     model.__class__ = _accumulating_class(type(model), taken_names(model))
     _set_chain(model, chain)
+    if "train_step" in vars(model):  # set on the object, where it would hide that of the class
+        step = model.train_step
+        del model.train_step
+        object.__setattr__(model, "_own_train_step", step)
     model.train_function = None  # what is traced already does not accumulate
     if model._is_compiled:
         model._open_windows()  # so that a checkpoint taken before any step holds a count
@@ -111,6 +125,9 @@ def become_plain(model: Any) -> None:
     release(model)
     stop_recording(model.compiled_loss)
     model.__class__ = plain_class_of(model)
+    own_step = vars(model).pop("_own_train_step", None)
+    if own_step is not None:
+        model.train_step = own_step
     for name in ("_accumulating_chain", "_accumulation"):
         if name in vars(model):
             delattr(model, name)

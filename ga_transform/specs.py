@@ -131,7 +131,8 @@ class Accumulate(Transform):
             ``{0: 1, 1000: 8}``, whose keys count updates (``optimizer.iterations``).
         weighting: "exact" weighs each micro-batch by what its mean loss divided by (the
             elements of the loss, or the valid ones); "equal" by one; a function of the
-            batch, as `train_step` receives it, by the count that it returns.
+            batch, as `train_step` receives it, by the count that it returns. "sum" adds them
+            up and divides by nothing, for a loss of the model's own that is a sum.
         remainder: What becomes of a partial window at the end of an epoch: "flush" applies
             it with its own weights, "carry" keeps it, "drop" discards it.
         on_nonfinite: "window" treats a gradient that is not finite as the optimizer would

@@ -53,7 +53,8 @@ class Accumulating:
         Returns:
             What the model's own `train_step` returns.
         """
-        usual_step = _keras.is_keras_own(self, Accumulating, "train_step")
+        own_step = vars(self).get("_own_train_step")
+        usual_step = own_step is None and _keras.is_keras_own(self, Accumulating, "train_step")
         usual_loss = _keras.is_keras_own(self, Accumulating, "compute_loss")
         with MicroStep(
             self,
@@ -64,6 +65,8 @@ class Accumulating:
         ) as step:
             if step.has_kinds:
                 return self._train_step_by_kind(step, data)
+            if own_step is not None:
+                return own_step(data)
             return super().train_step(data)  # type: ignore[misc]
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

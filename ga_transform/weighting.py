@@ -67,6 +67,8 @@ class Weighting:
 
     def kind(self, optimizer: Any) -> str:
         """Whether an optimizer's gradients are those of a sum or of a mean."""
+        if self._windows.accumulate.weighting == "sum":
+            return SUM
         terms = self.terms()
         if _keras.has_own_gradients(optimizer):
             # One that is given the loss of each row takes the mean of what it makes of them.
@@ -86,7 +88,7 @@ class Weighting:
                     "Return the count that the batch's mean loss divides by.",
                 )
             return weight
-        if weighting == "equal":
+        if weighting in ("equal", "sum"):
             return tf.ones([], tf.float64)
         terms = self.terms()
         self._warn_where_inexact(terms)
@@ -98,7 +100,10 @@ class Weighting:
         return self._rows(kind)
 
     def _rows(self, kind: str) -> tf.Tensor:
-        rows = count_rows(self._data)
+        # A mean over rows is one over those of the targets, where there are any.
+        has_targets = isinstance(self._data, tuple) and len(self._data) in (2, 3)
+        targets = self._data[1] if has_targets else None
+        rows = count_rows((targets, self._data))
         matters = kind == MEAN and self._windows.accumulate.steps != 1
         if rows is None:
             if matters:
@@ -109,8 +114,8 @@ class Weighting:
         lengths = known_lengths(self._data)
         if matters and len(lengths) > 1:
             self._warn_of_rows(
-                f"tensors with first dimensions of {' and '.join(map(str, lengths))}, of which the "
-                "first is taken for its rows"
+                f"tensors with first dimensions of {' and '.join(map(str, lengths))}; its rows are "
+                "taken to be those of the targets, or else of the first tensor"
             )
         return rows
 
@@ -135,6 +140,14 @@ class Weighting:
                 "lengths differ), and one number weighs a micro-batch: the count of "
                 f"{outputs[0]}. Updates are exact for it, and for the others where the ratio "
                 "stays the same.",
+            )
+        held = [] if terms else _keras.held_sum_losses(self._model)
+        if held:
+            self._windows.warn_once(
+                "held sums",
+                f"{self._model.name}: {type(held[0]).__name__} with reduction SUM is used by a loss "
+                "of the model's own, which is read as a mean over rows. If that loss is a sum, say "
+                "so: Accumulate(weighting='sum').",
             )
         sums = [term.output for term in terms if term.kind == SUM]
         if not sums or self._keeps_kinds_apart:

@@ -83,6 +83,11 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         """The window that was opened first, if there is one."""
         return next(iter(self._windows.values()), None)
 
+    @property
+    def has_been_handed(self) -> bool:
+        """Whether any optimizer has been handed gradients, in this step or an earlier one."""
+        return bool(self._updates)
+
     def open(self, optimizer: Any, turn: Turn = (0,)) -> Window:
         """The window of an optimizer.
 

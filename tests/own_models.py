@@ -443,6 +443,19 @@ def _named(rng, rows):
     return {"x": x, "y": y}
 
 
+def _step_of_the_object():
+    model = TwoLayers()
+    own_step = model.train_step
+
+    def train_step(data):
+        x, y = data
+        return own_step((2.0 * x, y))
+
+    model.train_step = tf.function(train_step)
+    model.compile(momentum(), "mse")
+    return model
+
+
 class Flat(TwoLayers):
     """Without a regulariser, which a loss by row has no place for."""
 
@@ -465,6 +478,7 @@ LAW = {
     "compute_metrics": _compiled(OwnMetrics, metrics=["mae"]),
     "make_train_function": _compiled(OwnFunction),
     "on top": _compiled(OnTop),
+    "step of the object": (_step_of_the_object, regression),
     "features only": (_autoencoder, features),
     "two optimizers": (adversaries, features),
     "optimizers in containers": (_held, regression),

@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 import tf_keras
 
-import ga_transform as ga
-
 applications = tf_keras.applications
 
 
@@ -22,10 +20,15 @@ def without_noise(model):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "build", [applications.ResNet50, applications.MobileNetV2, applications.EfficientNetB0]
+    ("build", "file"),
+    [
+        (applications.ResNet50, "model.h5"),
+        (applications.MobileNetV2, "model.keras"),
+        (applications.EfficientNetB0, "model"),
+    ],
 )
-def test_applications(float64, tmp_path, build):
-    """tf_keras's own networks: the law, the logs, and every format."""
+def test_applications(float64, tmp_path, build, file):
+    """tf_keras's own networks: the law, and their file."""
     model = without_noise(build(weights=None, input_shape=[32, 32, 3], classes=4))
     case = cases.Case(
         model,
@@ -33,16 +36,10 @@ def test_applications(float64, tmp_path, build):
         lambda rng, rows: (rng.normal(size=[rows, 32, 32, 3]), rng.integers(0, 4, size=[rows])),
     )
     converted = cases.assert_law(
-        case, lambda: tf_keras.optimizers.SGD(0.01), [[2, 1, 2], [1, 2]], 1e-6, epochs=1
+        case, lambda: tf_keras.optimizers.SGD(0.01), [[2, 1]], 1e-6, epochs=1
     )
-    x = np.ones([2, 32, 32, 3])
-    expected = converted.predict(x, verbose=0)
-    for suffix in (".keras", ".h5", ""):
-        path = tmp_path / f"model{suffix}"
-        converted.save(path)
-        loaded = tf_keras.models.load_model(path)
-        assert loaded.transforms == converted.transforms
-        np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=1e-9)
-    plain = ga.strip_accumulating(converted)
-    plain.load_weights(tmp_path / "model.h5")
-    np.testing.assert_allclose(plain.predict(x, verbose=0), expected, atol=1e-9)
+    converted.save(tmp_path / file)
+    loaded = tf_keras.models.load_model(tmp_path / file)
+    assert loaded.transforms == converted.transforms
+    for ours, theirs in zip(loaded.get_weights(), converted.get_weights()):
+        np.testing.assert_array_equal(ours, theirs)

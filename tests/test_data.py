@@ -126,7 +126,7 @@ def test_tensors_of_different_lengths_ask_what_they_weigh():
         transforms = [ga.Accumulate(2, weighting=weighting)]
         ga.make_accumulating(model, transforms=transforms, inplace=True)
         if warns:
-            with pytest.warns(ga.InexactWarning, match="first dimensions of 7 and 4, of which"):
+            with pytest.warns(ga.InexactWarning, match="first dimensions of 7 and 4; its rows are"):
                 model.train_step(data)
         else:
             model.train_step(data)
@@ -157,6 +157,75 @@ def test_what_weighs_a_loss_of_its_own(float64, weighting, weights):
     np.testing.assert_allclose(
         model.top.kernel, kernel - 0.1 * gradient / sum(weights), rtol=0, atol=1e-9
     )
+
+
+def test_the_rows_of_targets_count_before_those_of_features(float64):
+    """Many nodes, few graphs: a mean over graphs weighs by graphs."""
+    model = Step(lambda data: tf.math.segment_sum(*data[0]))
+    model.compile(tf_keras.optimizers.SGD(0.1))
+    rng = np.random.default_rng(1)
+    batches = []
+    for graphs in (3, 1):
+        of_graph = np.sort(np.concatenate([np.arange(graphs), rng.integers(0, graphs, size=4)]))
+        nodes = rng.normal(size=[len(of_graph), 3])
+        batches.append((tuple(map(tf.constant, (nodes, of_graph))), tf.zeros([graphs])))
+    features = np.concatenate([model.predict_rows(data) for data in batches])
+    model(batches[0])
+    kernel, bias = model.get_weights()
+    ga.make_accumulating(model, 2, inplace=True)
+    step = tf.function(model.train_step, reduce_retracing=True)
+    with pytest.warns(ga.InexactWarning, match="its rows are taken to be those of the targets"):
+        step(batches[0])
+    step(batches[1])
+    residual = 2 * (features @ kernel + bias - 1.0) / 4
+    np.testing.assert_allclose(model.top.kernel, kernel - 0.1 * features.T @ residual, atol=1e-9)
+
+
+class Task(tf_keras.layers.Layer):
+    """A loss object inside a layer, as recommenders have it."""
+
+    def __init__(self, reduction):
+        super().__init__()
+        self.loss = tf_keras.losses.MeanSquaredError(reduction=reduction)
+
+    def call(self, y, y_pred):
+        return self.loss(y, y_pred)
+
+
+class Tasked(own_models.TwoLayers):
+    def __init__(self, reduction):
+        super().__init__()
+        self.hidden.kernel_regularizer = None
+        self.task = Task(reduction)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return self.task(y, y_pred)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "weighting"), [("sum", "sum"), ("sum_over_batch_size", "exact")]
+)
+def test_a_sum_of_its_own(float64, reduction, weighting):
+    """`weighting="sum"` adds up and divides by nothing, in partial windows as well."""
+    plain, model = Tasked(reduction), Tasked(reduction)
+    for each in (plain, model):
+        each.compile(tf_keras.optimizers.SGD(0.01, momentum=0.9))
+    ga.make_accumulating(model, transforms=[ga.Accumulate(3, weighting=weighting)], inplace=True)
+    rng = np.random.default_rng(3)
+    windows = [[own_models.regression(rng, n) for n in window] for window in cases.PARTIAL]
+    plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
+    model.fit(cases.dataset(sum(windows, [])), verbose=0)
+    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+
+
+def test_a_sum_that_would_be_taken_for_a_mean_is_named():
+    """A loss object with reduction SUM that a model's own loss uses: a warning says what to say."""
+    model = Tasked("sum")
+    model.compile("sgd")
+    ga.make_accumulating(model, 2, inplace=True)
+    with pytest.warns(ga.InexactWarning, match="MeanSquaredError with reduction SUM is used"):
+        model.fit(*own_models.regression(np.random.default_rng(0), 4), verbose=0)
 
 
 def test_a_loss_that_is_reduced_before_it_is_compiled_weighs_by_rows(float64):

@@ -63,6 +63,16 @@ def test_the_law_could_fail(float64):
         assert_same_weights(once, twice)
 
 
+def test_a_schedule_counts_the_updates_of_an_optimizer_without_a_count(float64):
+    """An optimizer that is made of others, and has no `iterations`, has a schedule too."""
+    build, batch = own_models.LAW["router of its own"]
+    plain, model = build(), ga.make_accumulating(build(), {0: 1, 2: 3}, inplace=True)
+    windows = batches_of(batch, [[3], [2], [1, 2, 3], [2, 2]])
+    fit(plain, map(cases.concatenate, windows), epochs=1)
+    fit(model, sum(windows, []), epochs=1)
+    assert_same_weights(model, plain)
+
+
 def test_each_optimizer_counts_its_own_micro_batches(float64):
     """Where only one of two optimizers is called in a step, the windows of both are exact."""
     plain = own_models.adversaries(own_models.Phases)

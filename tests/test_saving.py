@@ -88,6 +88,24 @@ def test_a_loaded_model_predicts_and_trains_on(files, name, format_):
     assert (loaded.pending_micro_batches, int(loaded.optimizer.iterations)) == (0, before + 1)
 
 
+@pytest.mark.parametrize("name", ["dense", "branches"])
+def test_a_saved_model_serves(files, name):
+    """TensorFlow alone loads it and calls its signature, as that of a plain model."""
+    folder, expected, _ = files
+    _, batches, predictions = expected[f"{name}/model"]
+    served = tf.saved_model.load(str(folder / name / "model"))
+    assert list(served.signatures) == ["serving_default"]
+    signature = served.signatures["serving_default"]
+    x = batches[0][0]
+    inputs = x if isinstance(x, dict) else {next(iter(signature.structured_input_signature[1])): x}
+    predicted = signature(**{key: tf.constant(value, tf.float32) for key, value in inputs.items()})
+    if name == "dense":
+        (predicted,) = predicted.values()
+    tf.nest.map_structure(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), predicted, predictions
+    )
+
+
 def test_weights_move_between_plain_and_converted(tmp_path):
     """Weight files and lists of weights fit both ways: accumulators are no weights."""
     case = cases.dense()

@@ -61,6 +61,8 @@ class Window(AutoTrackable):  # type: ignore[misc]
         with tf.init_scope():
             self.micro_batches = tf.Variable(0, trainable=False, dtype=tf.int64)
             self.reference = tf.Variable(0, trainable=False, dtype=tf.float64)
+            if len(self._steps) > 1:
+                self.updates = tf.Variable(0, trainable=False, dtype=tf.int64)
 
     @property
     def is_single(self) -> bool:
@@ -153,6 +155,8 @@ class Window(AutoTrackable):  # type: ignore[misc]
         totals = [book.total(latest.get(book.kind)) for book in self._books.values()]
         _finish(variables, totals, update)
         self.micro_batches.assign(0)
+        if len(self._steps) > 1:
+            self.updates.assign_add(1)
 
     def discard(self) -> None:
         """Forget what the window holds."""
@@ -161,9 +165,10 @@ class Window(AutoTrackable):  # type: ignore[misc]
     def _steps_at(self, iterations: Any) -> tf.Tensor:
         if len(self._steps) == 1:
             return tf.constant(self._steps[0], tf.int64)
-        started = tf.cast(
-            tf.cast(iterations, tf.int64) >= tf.constant(self._starts, tf.int64), tf.int32
-        )
+        # An optimizer that is made of others may have no count of its own, or one that rests.
+        count = 0 if iterations is None else tf.cast(iterations, tf.int64)
+        updates = tf.maximum(self.updates, count)
+        started = tf.cast(updates >= tf.constant(self._starts, tf.int64), tf.int32)
         return tf.gather(tf.constant(self._steps, tf.int64), tf.reduce_sum(started) - 1)
 
     def _open(self, share: Share, variables: Sequence[tf.Variable]) -> bool:
