@@ -181,12 +181,12 @@ def _copy_what_is_no_weight(layer: Any, own: Any) -> None:
 
 def _copy_attributes(model: Any, copy: Any) -> None:
     """What was set on a model of the user's own class and is in no config: plain values only."""
-    for name, value in sorted(vars(model).items()):
-        if name.startswith("_") or name in ("history", "stop_training"):
-            continue
+    keras_own = {*vars(_keras.Model()), "history"}
+    for name in sorted(vars(model).keys() - keras_own):
+        value = vars(model)[name]
         if isinstance(value, (bool, int, float, str, bytes, type(None))):
             setattr(copy, name, value)
-        elif name not in vars(copy):
+        elif name not in vars(copy) and not name.startswith("_"):
             raise _not_copied(model, f"its attribute {name!r} is in no config")
 
 

@@ -244,7 +244,11 @@ class _Held:
 
 
 def _times(gradient: Gradient, weight: tf.Tensor) -> Gradient:
-    return map_values(lambda values: values * tf.cast(weight, values.dtype), widened(gradient))
+    # What weighs nothing adds nothing: its own mean may have been 0 / 0.
+    return map_values(
+        lambda values: tf.math.multiply_no_nan(values, tf.cast(weight, values.dtype)),
+        widened(gradient),
+    )
 
 
 def _total(losses: list[tf.Tensor]) -> tf.Tensor:

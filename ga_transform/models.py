@@ -136,9 +136,11 @@ def become_plain(model: Any) -> None:
 
 def plain_class_of(model: Any) -> type:
     """The class that a model had before it was converted, or has."""
-    if not isinstance(model, AccumulatingModel):
-        return type(model)
-    return type(model).__mro__[type(model).__mro__.index(Accumulating) + 1]
+    return _plain(type(model)) if isinstance(model, AccumulatingModel) else type(model)
+
+
+def _plain(converted_class: type) -> type:
+    return converted_class.__mro__[converted_class.__mro__.index(Accumulating) + 1]
 
 
 @contextlib.contextmanager
@@ -177,10 +179,16 @@ def _accumulating_class(base: type, taken: frozenset[str]) -> type:
         namespace.update(
             (name, _as_plain(name)) for name in WRITERS_OF_CLASS if hasattr(base, name)
         )
+        namespace["__new__"] = _new_plain
         made = type(f"Accumulating{base.__name__}", (AccumulatingModel, base), namespace)
         _keras.register_as(made, AccumulatingModel)
         _CLASSES[base, taken] = made
     return _CLASSES[base, taken]
+
+
+def _new_plain(converted_class: type, *args: Any, **kwargs: Any) -> Any:
+    """What a converted class makes of new is plain; `make_accumulating` converts it."""
+    return _plain(converted_class)(*args, **kwargs)
 
 
 def _as_plain(name: str) -> Callable[..., Any]:

@@ -93,10 +93,17 @@ class Weighting:
         terms = self.terms()
         self._warn_where_inexact(terms)
         if kind == MEAN:
-            means = [term for term in terms if term.kind == MEAN] or terms
-            for term in means:
+            for term in [term for term in terms if term.kind == MEAN] or terms:
                 if term.divided_by is not None:
                     return term.divided_by
+            # Of one row, every loss is one number.
+            if terms and self._windows.accumulate.steps != 1 and 1 not in known_lengths(self._data):
+                self._windows.warn_once(
+                    "reduced",
+                    f"{self._model.name}: its loss comes to the compiled one as one number, which "
+                    "is read as a mean over rows. If it is a mean over something else (tokens), "
+                    "say what it divides by: Accumulate(weighting=...).",
+                )
         return self._rows(kind)
 
     def _rows(self, kind: str) -> tf.Tensor:

@@ -142,6 +142,16 @@ def test_the_class_is_theirs_too():
     assert int(model.optimizer.iterations) == 6
 
 
+def test_a_converted_class_makes_plain_models():
+    """What its constructor and its own class methods make is theirs, not converted by itself."""
+    model = ga.make_accumulating(own_models.TwoLayers(), 2, inplace=True)
+    other = type(model)(width=3)
+    assert type(other) is own_models.TwoLayers
+    other.compile("sgd", "mse")
+    train(other)
+    assert int(other.optimizer.iterations) == 6
+
+
 @pytest.mark.parametrize("where", ["class", "object"])
 def test_names_of_their_own_stay_theirs(where):
     """A model that has a `flush` or `transforms` keeps it, and a warning says where ours are."""
