@@ -101,7 +101,7 @@ class _Average(_Dispatcher):
     name = "apply"
 
     def _divert(self, step: MicroStep, args: Any, kwargs: Any) -> Any:
-        return step.after_update(functools.partial(self.own, *args, **kwargs))
+        return step.after_update(self.diverted, functools.partial(self.own, *args, **kwargs))
 
 
 def _put_on(dispatcher: type[_Dispatcher], diverted: Any) -> None:

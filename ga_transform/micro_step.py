@@ -80,7 +80,8 @@ class MicroStep:
                 "optimizers",
                 f"{self.model.name}: train_step has handed no gradients to apply_gradients of an "
                 "optimizer of the model, so that there is nothing to accumulate. Keep its "
-                "optimizers as attributes of the model or of its layers, and convert it before it trains.",
+                "optimizers as attributes of the model or of its layers, and convert it before "
+                "it trains.",
             )
 
     # ---- the loss ------------------------------------------------------------------------
@@ -203,11 +204,15 @@ class MicroStep:
             self._held.add = add
         return getattr(optimizer, "iterations", None)
 
-    def after_update(self, action: Callable[[], Any]) -> Any:
+    def after_update(self, follower: Any, action: Callable[[], Any]) -> Any:
         """Do what follows the optimizer in this step only where the weights have moved.
 
         That is where a window has just been emptied; or, before the optimizer is called, where
         none is begun.
+
+        Args:
+            follower: Whose action it is.
+            action: What it does.
         """
         window = self._latest_window or self._windows.first
         if window is None:
@@ -218,6 +223,8 @@ class MicroStep:
                 action()
             return tf.constant(0)
 
+        if self._latest_window is not None:
+            self._windows.follow(window, follower, act)
         return tf.cond(tf.equal(window.micro_batches, 0), act, lambda: tf.constant(0))
 
     def _turn(self, optimizer: Any, functions: list[Any]) -> Turn:

@@ -1,9 +1,9 @@
 """What a micro-batch weighs: the number by which its mean loss was divided.
 
 Of micro-batches with means m_i over c_i elements, the mean over all elements is
-``sum(c_i * m_i) / sum(c_i)``; the same holds of their gradients. A sum over elements weighs
-nothing, and is divided by nothing. The c_i are those of the compiled loss (`loss_terms.py`);
-where a model's loss is its own they are the rows, or what a function of the user's says.
+``sum(c_i * m_i) / sum(c_i)``; the same holds of their gradients. Sums over elements are just
+added up. The c_i are those of the compiled loss (`loss_terms.py`); where a model's loss is its
+own they are the rows, or what a function of the user's says.
 """
 
 from __future__ import annotations

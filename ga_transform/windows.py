@@ -41,6 +41,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self._windows = self._no_dependency({})
         self._updates = self._no_dependency({})
         self._flushes = self._no_dependency({})
+        self._followers = self._no_dependency({})
         #: Whether a step of the model has come here.
         self.has_stepped = False
         self._warned = self._no_dependency(set())
@@ -131,6 +132,13 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self._updates[id(optimizer), turn] = update
         return update
 
+    def follow(self, window: Window, follower: Any, action: Callable[[], Any]) -> None:
+        """Have what follows a window's updates in a step follow its flush, too."""
+        followers = self._followers.setdefault(id(window), {})
+        if id(follower) not in followers:
+            self._flushes.clear()
+        followers[id(follower)] = action
+
     def trace_again(self) -> None:
         """Have functions traced anew: a variable that had no gradient so far has one now."""
         self._flushes.clear()
@@ -163,6 +171,8 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
     def _flush_function(self, window: Window, update: Update) -> Callable[[], None]:
         def flush() -> None:
             window.flush(update)
+            for follow in self._followers.get(id(window), {}).values():
+                follow()
 
         model = self._model()
         if model.run_eagerly:

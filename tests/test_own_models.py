@@ -52,6 +52,42 @@ def test_the_law(float64, case):
     assert type(ga.strip_accumulating(model, inplace=True)) is type(plain)
 
 
+@pytest.mark.parametrize(
+    "how", [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 4}], ids=str
+)
+@pytest.mark.parametrize("case", ["minimize", "apply_gradients", "moving average"])
+def test_every_way_to_run_a_step(float64, case, how):
+    """Eagerly, compiled by XLA, and several batches a call."""
+    build, batch = own_models.LAW[case]
+    models = []
+    for _ in range(2):
+        model = build()
+        model.compile(model.optimizer, model.compiled_loss._user_losses, **how)
+        models.append(model)
+    plain, model = models
+    ga.make_accumulating(model, cases.STEPS, inplace=True)
+    windows = batches_of(batch, cases.PARTIAL)
+    fit(plain, map(cases.concatenate, windows))
+    fit(model, sum(windows, []))
+    assert_same_weights(model, plain)
+    for name, optimizer in optimizers_of(plain).items():
+        assert int(vars(model)[name].iterations) == int(optimizer.iterations), name
+
+
+def test_a_moving_average_moves_with_the_weights(float64):
+    """`tf.train.ExponentialMovingAverage` in a step, before its optimizer or after it."""
+    build, batch = own_models.LAW["moving average"]
+    plain, model = build(), ga.make_accumulating(build(), cases.STEPS, inplace=True)
+    windows = batches_of(batch, cases.PARTIAL)
+    fit(plain, map(cases.concatenate, windows))
+    fit(model, sum(windows, []))
+    for ours, theirs in zip(model.trainable_variables, plain.trainable_variables):
+        for name in ("average", "before"):
+            moved, expected = vars(model)[name].average(ours), vars(plain)[name].average(theirs)
+            np.testing.assert_allclose(moved, expected, rtol=0, atol=1e-9)
+            assert np.max(np.abs(expected - theirs)) > 1e-4
+
+
 def test_the_law_could_fail(float64):
     """The models of these tests move: two windows more, and the weights differ."""
     build, batch = own_models.LAW["minimize"]
