@@ -81,10 +81,11 @@ def _is_metric(item: Any) -> bool:
 
 
 def _known(item: Any) -> Iterator[str]:
-    for each in (item,) if inspect.isfunction(item) else type(item).__mro__:
+    is_function = inspect.isfunction(item)
+    for each in (item,) if is_function else type(item).__mro__:
         if each.__name__ in _COUPLINGS.get(_package(each), ()):
-            # A model may be converted already.
-            named = each if isinstance(item, _keras.Model) else type(item)
+            # A model may be converted already: its own class is meant.
+            named = each if is_function or isinstance(item, _keras.Model) else type(item)
             yield f"{named.__name__} of {_package(named)}"
 
 
