@@ -34,6 +34,7 @@ __all__ = [
     "averages_of",
     "current_graph",
     "flatten_layers",
+    "forget_traces",
     "graphs_within",
     "has_functional_init",
     "has_own_gradients",
@@ -44,14 +45,17 @@ __all__ = [
     "is_keras_own",
     "is_loop",
     "is_on_one_device",
+    "is_optimizer",
     "is_within_reach",
     "optimizers_of",
+    "optimizers_within",
     "output_layers",
     "register_as",
     "shared_by_replicas",
     "unpack_x_y_sample_weight",
     "variable_key",
     "weight_losses",
+    "weights_of",
 ]
 
 #: Tracked by checkpoints; its variables are not weights of the model that holds it.
@@ -70,7 +74,33 @@ def register_as(model_class: type, known: type) -> None:
 
 def optimizers_of(model: Any) -> list[Any]:
     """The optimizers that a model and its layers hold, by themselves or in containers."""
-    return held_by(model, _is_optimizer)
+    return held_by(model, is_optimizer)
+
+
+def optimizers_within(model: Any) -> list[Any]:
+    """These, and those that optimizers and other objects of a model hold in their turn."""
+    found = {id(optimizer): optimizer for optimizer in optimizers_of(model)}
+    holders = [*found.values(), *held_by(model, _is_holder)]
+    for _ in range(2):
+        items = [
+            item for holder in holders for value in _attributes(holder) for item in _items(value)
+        ]
+        held = {id(item): item for item in items if is_optimizer(item) and id(item) not in found}
+        found.update(held)
+        holders = [*held.values(), *filter(_is_holder, items)]
+    return list(found.values())
+
+
+def _is_holder(item: Any) -> bool:
+    """Whether an object is of a class of somebody's own, which may hold optimizers."""
+    package = type(item).__module__.split(".")[0]
+    return package not in ("builtins", "numpy", "tensorflow", "tf_keras", "keras", "abc") and not (
+        isinstance(item, (Layer, type)) or callable(item)
+    )
+
+
+def _attributes(holder: Any) -> list[Any]:
+    return list(getattr(holder, "__dict__", {}).values())
 
 
 def averages_of(model: Any) -> list[Any]:
@@ -102,7 +132,7 @@ def _items(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _is_optimizer(item: Any) -> bool:
+def is_optimizer(item: Any) -> bool:
     """Whether an object is an optimizer of tf_keras, or can be called like one."""
     if isinstance(item, _OPTIMIZERS):
         return True
@@ -148,7 +178,10 @@ def is_keras_own(model: Any, mixin: type, method: str) -> bool:
 
 def held_sum_losses(model: Any) -> list[Any]:
     """The loss objects that a model and its layers hold, and that sum over their elements."""
-    return held_by(model, lambda item: isinstance(item, Loss) and item.reduction == Reduction.SUM)
+    return held_by(
+        model,
+        lambda item: isinstance(item, Loss) and item.reduction in (Reduction.SUM, Reduction.NONE),
+    )
 
 
 def has_sum_losses(model: Any) -> bool:
@@ -157,6 +190,23 @@ def has_sum_losses(model: Any) -> bool:
     return any(
         getattr(loss, "reduction", None) in (Reduction.SUM, Reduction.NONE) for loss in losses
     )
+
+
+def weights_of(model: Any) -> list[Any]:
+    """A model's weights, as far as they are made."""
+    try:
+        return list(model.weights)
+    except ValueError:
+        return []
+
+
+def forget_traces(model: Any) -> None:
+    """Have methods of a model that are functions of TensorFlow traced anew."""
+    for each in type(model).__mro__:
+        for method in vars(each).values():
+            traced_by_object = getattr(method, "_descriptor_cache", None)
+            if traced_by_object is not None:
+                traced_by_object.pop(model, None)
 
 
 def current_graph() -> Any:

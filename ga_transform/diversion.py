@@ -43,7 +43,7 @@ def running(step: Optional[MicroStep]) -> Iterator[None]:
 
 def divert(model: Any) -> None:
     """Let a model's optimizers hand over to the micro-step that runs, and averages follow it."""
-    for optimizer in _keras.optimizers_of(model):
+    for optimizer in _keras.optimizers_within(model):
         _put_on(_Optimizer, optimizer)
     for average in _keras.averages_of(model):
         _put_on(_Average, average)
@@ -51,9 +51,9 @@ def divert(model: Any) -> None:
 
 def release(model: Any) -> None:
     """Undo `divert`."""
-    for diverted in [*_keras.optimizers_of(model), *_keras.averages_of(model)]:
+    for diverted in [*_keras.optimizers_within(model), *_keras.averages_of(model)]:
         for name in ("apply_gradients", "apply"):
-            dispatcher = vars(diverted).get(name)
+            dispatcher = getattr(diverted, name, None)
             if not isinstance(dispatcher, _Dispatcher):
                 continue
             delattr(diverted, name)
@@ -101,9 +101,19 @@ class _Average(_Dispatcher):
     name = "apply"
 
     def _divert(self, step: MicroStep, args: Any, kwargs: Any) -> Any:
-        return step.after_update(self.diverted, functools.partial(self.own, *args, **kwargs))
+        variables = args[0] if args else kwargs.get("var_list") or ()
+        return step.after_update(
+            self.diverted, variables, functools.partial(self.own, *args, **kwargs)
+        )
 
 
 def _put_on(dispatcher: type[_Dispatcher], diverted: Any) -> None:
-    if not isinstance(getattr(diverted, dispatcher.name), _Dispatcher):
+    if isinstance(getattr(diverted, dispatcher.name), _Dispatcher):
+        return
+    try:
         setattr(diverted, dispatcher.name, dispatcher(diverted))
+    except AttributeError as error:
+        raise TypeError(
+            f"An optimizer must take attributes to be accumulated; got {type(diverted).__name__} "
+            "with __slots__. Derive it from tf_keras.optimizers.Optimizer."
+        ) from error

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["InexactWarning", "did_you_mean", "shown", "wrong_type", "wrong_value"]
+__all__ = [
+    "REMEDY_OF_COPY",
+    "InexactWarning",
+    "did_you_mean",
+    "not_copied",
+    "shown",
+    "wrong_type",
+    "wrong_value",
+]
+
+REMEDY_OF_COPY = "Pass inplace=True: it copies nothing."
 
 
 class InexactWarning(UserWarning):
@@ -24,6 +35,14 @@ def wrong_value(owner: str, rule: str, value: object, remedy: str) -> ValueError
 def wrong_type(owner: str, rule: str, value: object, remedy: str) -> TypeError:
     """A value whose type alone breaks the rule."""
     return TypeError(f"{owner} must be {rule}; got {shown(value)}. {remedy}")
+
+
+def not_copied(model: Any, reason: str) -> ValueError:
+    """A model that is more than what can be made anew."""
+    return ValueError(
+        f"A model must be what its configs describe to be copied; got {model.name!r}, "
+        f"where {reason}. {REMEDY_OF_COPY}"
+    )
 
 
 def shown(value: object) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "SUM",
     "LossTerm",
     "disagreeing",
+    "is_by_rows",
     "record_losses",
     "stop_recording",
 ]
@@ -74,6 +75,7 @@ def stop_recording(container: Any) -> None:
     """Make a compiled loss what it was before it was first recorded."""
     if isinstance(container, _RecordedLosses):
         container.__class__ = _keras.LossesContainer
+        container.__dict__.pop("_terms", None)
 
 
 class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
@@ -194,14 +196,18 @@ def _where_one_number(
 
 def disagreeing(terms: list[LossTerm], has_activation_losses: bool) -> list[str]:
     """The outputs whose counts no one number stands for, with what they are; else nothing."""
-    extents = {f"output {term.output!r}": term.extent for term in terms if term.kind == MEAN}
+    parts = [(f"output {term.output!r}", term.extent) for term in terms if term.kind == MEAN]
     if has_activation_losses:
-        extents["add_loss and activity regularisers"] = _ROWS
-    if len(extents) < 2:
+        parts.append(("add_loss and activity regularisers", _ROWS))
+    extents = {extent for _, extent in parts}
+    if len(parts) < 2 or (len(extents) == 1 and None not in extents):
         return []
-    first = next(iter(extents.values()))
-    agree = first is not None and all(extent == first for extent in extents.values())
-    return [] if agree else list(extents)
+    return list(dict.fromkeys(name for name, _ in parts))
+
+
+def is_by_rows(term: LossTerm) -> bool:
+    """Whether a term is a mean whose count goes with the rows."""
+    return term.kind == MEAN and term.extent == _ROWS
 
 
 def _float64(number: tf.Tensor) -> tf.Tensor:

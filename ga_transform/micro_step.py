@@ -59,7 +59,8 @@ class MicroStep:
         self._held: Optional[_Held] = None
         #: How often each optimizer has been handed gradients in each function of this step.
         self._turns: dict[Any, int] = {}
-        self._latest_window: Optional[Window] = None
+        #: The windows that have been handed gradients in this step, and of what variables.
+        self._handed: list[tuple[Window, set[Any]]] = []
 
     def __enter__(self) -> Self:
         self._windows.has_stepped = True
@@ -75,14 +76,9 @@ class MicroStep:
 
     def __exit__(self, *error: object) -> None:
         self._scope.__exit__(*error)  # type: ignore[arg-type]
-        if not (self._turns or self._windows.has_been_handed or error[0] is not None):
-            self._windows.warn_once(
-                "optimizers",
-                f"{self.model.name}: train_step has handed no gradients to apply_gradients of an "
-                "optimizer of the model, so that there is nothing to accumulate. Keep its "
-                "optimizers as attributes of the model or of its layers, and convert it before "
-                "it trains.",
-            )
+        # Eagerly, a step may hand over nothing and the next one something.
+        if error[0] is None and not self._turns and not tf.executing_eagerly():
+            self._windows.warn_of_silence()
 
     # ---- the loss ------------------------------------------------------------------------
 
@@ -95,7 +91,7 @@ class MicroStep:
         """
         if loss is None or not self._differentiates_loss or self.has_kinds:
             return loss
-        if loss.shape.rank != 0:  # what is differentiated is the sum of its elements
+        if loss.shape.rank not in (0, None):  # what is differentiated is the sum of its elements
             self.kind = SUM
         optimizer = self.model.optimizer
         window = self._windows.open(optimizer)
@@ -166,7 +162,8 @@ class MicroStep:
         pairs = list(grads_and_vars)
         present = [variable for gradient, variable in pairs if gradient is not None]
         turn = self._turn(optimizer, list(filter(_keras.is_function, graphs)))
-        window = self._latest_window = self._windows.open(optimizer, turn)
+        window = self._windows.open(optimizer, turn)
+        self._handed.append((window, {variable.ref() for _, variable in pairs}))
         kind = self._kind(optimizer)
         if self._weighed_by is None:
             weight = self._weighting.weight(kind)
@@ -204,7 +201,9 @@ class MicroStep:
             self._held.add = add
         return getattr(optimizer, "iterations", None)
 
-    def after_update(self, follower: Any, action: Callable[[], Any]) -> Any:
+    def after_update(
+        self, follower: Any, variables: Iterable[tf.Variable], action: Callable[[], Any]
+    ) -> Any:
         """Do what follows the optimizer in this step only where the weights have moved.
 
         That is where a window has just been emptied; or, before the optimizer is called, where
@@ -212,20 +211,24 @@ class MicroStep:
 
         Args:
             follower: Whose action it is.
+            variables: The weights that it looks at.
             action: What it does.
         """
-        window = self._latest_window or self._windows.first
-        if window is None:
-            return action()
+        windows = [
+            window
+            for window, handed in self._handed
+            if any(variable.ref() in handed for variable in variables)
+        ]
 
         def act() -> tf.Tensor:
             with running(None):
                 action()
             return tf.constant(0)
 
-        if self._latest_window is not None:
-            self._windows.follow(window, follower, act)
-        return tf.cond(tf.equal(window.micro_batches, 0), act, lambda: tf.constant(0))
+        if windows:
+            self._windows.follow(windows[-1], follower, act)
+        begun = windows[-1].micro_batches > 0 if windows else self._windows.is_begun()
+        return tf.cond(begun, lambda: tf.constant(0), act)
 
     def _turn(self, optimizer: Any, functions: list[Any]) -> Turn:
         """Which call of an optimizer this is, of those that a step makes.

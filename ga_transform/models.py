@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Optional
 
 import tf_keras
 
@@ -28,6 +29,8 @@ __all__ = [
     "taken_names",
 ]
 
+#: Methods that people set on the object.
+_OWN_METHODS = ("train_step", "fit")
 #: What a converted model has beside its own.
 _PUBLIC_NAMES = ("transforms", "pending_micro_batches", "flush", "discard")
 
@@ -35,8 +38,9 @@ _PUBLIC_NAMES = ("transforms", "pending_micro_batches", "flush", "discard")
 class AccumulatingModel(Accumulating):
     """A converted model of any class: `isinstance(model, AccumulatingModel)` tells one.
 
-    Its config holds the plain model's, and the chain. One registered name stands for all of
-    them, so that a process that has converted nothing yet can load them.
+    The config of one of the user's own class holds the plain model's, and the chain. One
+    registered name stands for all of these, so that a process that has converted nothing yet
+    can load them.
     """
 
     #: Of the base, which stands behind the mixin.
@@ -60,11 +64,31 @@ class AccumulatingModel(Accumulating):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
         """A converted model from a config that `get_config` gave."""
+        behind: Any = _class_behind(cls)
+        if "model" not in config:  # one of the plain model's own
+            return behind.from_config(config)
         inner = config["model"]
         with tf_keras.utils.custom_object_scope(custom_objects or {}):
-            model = _class_in(inner).from_config(dict(inner["config"]))
+            known = behind if behind.__name__ == inner["class_name"] else _class_in(inner)
+            model = known.from_config(dict(inner["config"]))
         become_accumulating(model, Chain.from_config(config["transforms"]))
         return model
+
+    @property
+    def _trackable_saved_model_saver(self) -> Any:
+        saver = super()._trackable_saved_model_saver  # type: ignore[misc]
+        if not isinstance(self, _keras.Functional):
+            return saver
+        own = saver._python_properties_internal
+
+        def properties() -> Any:
+            # A network whose classes are not known is refused at loading, where tf_keras would
+            # revive it as one that cannot accumulate. Set on the model itself, this would leave
+            # out the functions that serve predictions, too.
+            return {**own(), "must_restore_from_config": True}
+
+        saver._python_properties_internal = properties
+        return saver
 
 
 class _AccumulatingNetwork(AccumulatingModel):
@@ -84,20 +108,6 @@ class _AccumulatingNetwork(AccumulatingModel):
         _set_chain(model, chain)
         return model
 
-    @property
-    def _trackable_saved_model_saver(self) -> Any:
-        saver = super()._trackable_saved_model_saver  # type: ignore[misc]
-        own = saver._python_properties_internal
-
-        def properties() -> Any:
-            # A SavedModel whose layers are not registered is refused, where tf_keras would
-            # revive it as a model that cannot accumulate. Set on the model itself, this would
-            # leave out the functions that serve predictions, too.
-            return {**own(), "must_restore_from_config": True}
-
-        saver._python_properties_internal = properties
-        return saver
-
 
 class AccumulatingFunctional(_AccumulatingNetwork, _keras.Functional):  # type: ignore[misc]
     """A functional model whose updates are made of windows."""
@@ -107,15 +117,55 @@ class AccumulatingSequential(_AccumulatingNetwork, _keras.Sequential):  # type: 
     """A Sequential model whose updates are made of windows."""
 
 
+class _OwnClass(AccumulatingModel):
+    """A converted model of a class of the user's own."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Nothing: the user's own is for their classes."""
+
+    def to_json(self, **kwargs: Any) -> str:
+        """The plain model's: JSON names a class by its bare name."""
+        self._warn_of_plain_file("JSON")
+        with as_plain(self):
+            return str(self.to_json(**kwargs))
+
+    def save(
+        self,
+        filepath: Any,
+        overwrite: bool = True,
+        save_format: Optional[str] = None,
+        **kwargs: Any,
+    ) -> None:
+        """The model's own; as HDF5, which names a class by its bare name, the plain model."""
+        is_hdf5 = save_format == "h5" or (
+            save_format is None and str(filepath).endswith((".h5", ".hdf5"))
+        )
+        if not is_hdf5:
+            super().save(filepath, overwrite, save_format, **kwargs)  # type: ignore[misc]
+            return
+        self._warn_of_plain_file("HDF5")
+        with as_plain(self):
+            self.save(filepath, overwrite, save_format, **kwargs)
+
+    def _warn_of_plain_file(self, kind: str) -> None:
+        warnings.warn(
+            f"{self.name}: {kind} holds the plain {plain_class_of(self).__name__}, without the "
+            "chain. Save as .keras to keep it, or convert what is loaded again.",
+            stacklevel=3,
+        )
+
+
 def become_accumulating(model: Any, chain: Chain) -> None:
     """Convert a model itself: its class changes, its weights and its compile state stay."""
     model.__class__ = _accumulating_class(type(model), taken_names(model))
     _set_chain(model, chain)
-    if "train_step" in vars(model):  # set on the object, where it would hide that of the class
-        step = model.train_step
-        del model.train_step
-        object.__setattr__(model, "_own_train_step", step)
+    for name in _OWN_METHODS:
+        if name in vars(model):  # set on the object, where it would hide that of the class
+            method = vars(model)[name]
+            delattr(model, name)
+            object.__setattr__(model, f"_own_{name}", method)
     model.train_function = None  # what is traced already does not accumulate
+    _keras.forget_traces(model)
     if model._is_compiled:
         model._open_windows()  # so that a checkpoint taken before any step holds a count
 
@@ -125,21 +175,24 @@ def become_plain(model: Any) -> None:
     release(model)
     stop_recording(model.compiled_loss)
     model.__class__ = plain_class_of(model)
-    own_step = vars(model).pop("_own_train_step", None)
-    if own_step is not None:
-        model.train_step = own_step
-    for name in ("_accumulating_chain", "_accumulation"):
-        if name in vars(model):
-            delattr(model, name)
+    vars(model).pop("_accumulating_chain", None)
+    if "_accumulation" in vars(model):
+        model._delete_tracking("_accumulation")
+        delattr(model, "_accumulation")
+    for name in _OWN_METHODS:
+        method = vars(model).pop(f"_own_{name}", None)
+        if method is not None:
+            setattr(model, name, method)
     model.train_function = None
+    _keras.forget_traces(model)
 
 
 def plain_class_of(model: Any) -> type:
     """The class that a model had before it was converted, or has."""
-    return _plain(type(model)) if isinstance(model, AccumulatingModel) else type(model)
+    return _class_behind(type(model)) if isinstance(model, AccumulatingModel) else type(model)
 
 
-def _plain(converted_class: type) -> type:
+def _class_behind(converted_class: type) -> type:
     return converted_class.__mro__[converted_class.__mro__.index(Accumulating) + 1]
 
 
@@ -156,7 +209,12 @@ def as_plain(model: Any) -> Iterator[None]:
 
 def taken_names(model: Any) -> frozenset[str]:
     """The public names of a converted model that a plain one uses itself."""
-    return frozenset(name for name in _PUBLIC_NAMES if hasattr(model, name))
+    missing = object()
+    return frozenset(
+        name
+        for name in _PUBLIC_NAMES
+        if inspect.getattr_static(model, name, missing) is not missing
+    )
 
 
 def _set_chain(model: Any, chain: Chain) -> None:
@@ -172,26 +230,29 @@ _CLASSES: dict[tuple[type, frozenset[str]], type] = {
 
 
 def _accumulating_class(base: type, taken: frozenset[str]) -> type:
-    if (base, taken) not in _CLASSES:
-        namespace: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
-        # What is the model's own stays so; None gives way to what is set on the object.
-        namespace.update((name, inspect.getattr_static(base, name, None)) for name in taken)
-        namespace.update(
-            (name, _as_plain(name)) for name in WRITERS_OF_CLASS if hasattr(base, name)
-        )
-        namespace["__new__"] = _new_plain
-        made = type(f"Accumulating{base.__name__}", (AccumulatingModel, base), namespace)
-        _keras.register_as(made, AccumulatingModel)
-        _CLASSES[base, taken] = made
-    return _CLASSES[base, taken]
+    if (base, taken) in _CLASSES:
+        return _CLASSES[base, taken]
+    namespace: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
+    # What is the model's own stays so; None gives way to what is set on the object.
+    namespace.update((name, inspect.getattr_static(base, name, None)) for name in taken)
+    writers = [name for name in WRITERS_OF_CLASS if hasattr(base, name)]
+    namespace.update((name, _written_as_plain(name)) for name in writers)
+
+    def new(converted_class: type, *args: Any, **kwargs: Any) -> Any:
+        # What a converted class makes of new is plain; `make_accumulating` converts it.
+        if converted_class is made:
+            return base(*args, **kwargs)
+        return super(made, converted_class).__new__(converted_class, *args, **kwargs)
+
+    made: Any = type(
+        f"Accumulating{base.__name__}", (_OwnClass, base), {**namespace, "__new__": new}
+    )
+    _keras.register_as(made, AccumulatingModel)
+    _CLASSES[base, taken] = made
+    return made
 
 
-def _new_plain(converted_class: type, *args: Any, **kwargs: Any) -> Any:
-    """What a converted class makes of new is plain; `make_accumulating` converts it."""
-    return _plain(converted_class)(*args, **kwargs)
-
-
-def _as_plain(name: str) -> Callable[..., Any]:
+def _written_as_plain(name: str) -> Callable[..., Any]:
     """A method of a model that writes down the name of its class."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

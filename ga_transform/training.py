@@ -44,18 +44,22 @@ class Accumulating:
 
     # ---- one micro-batch ---------------------------------------------------------------
 
-    def train_step(self, data: Any) -> Any:
+    def train_step(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `train_step`, its gradients gathered into windows.
 
         Args:
-            data: A batch, as Keras gives it.
+            *args, **kwargs: A batch, as Keras gives it; and what the model's own step takes.
 
         Returns:
             What the model's own `train_step` returns.
         """
-        own_step = vars(self).get("_own_train_step")
-        usual_step = own_step is None and _keras.is_keras_own(self, Accumulating, "train_step")
+        own_step: Any = vars(self).get("_own_train_step", super().train_step)  # type: ignore[misc]
+        usual_step = "_own_train_step" not in vars(self) and _keras.is_keras_own(
+            self, Accumulating, "train_step"
+        )
         usual_loss = _keras.is_keras_own(self, Accumulating, "compute_loss")
+        given = (*args, *kwargs.values())
+        data = given[0] if len(given) == 1 else given
         with MicroStep(
             self,
             self._open_windows(),
@@ -65,9 +69,7 @@ class Accumulating:
         ) as step:
             if step.has_kinds:
                 return self._train_step_by_kind(step, data)
-            if own_step is not None:
-                return own_step(data)
-            return super().train_step(data)  # type: ignore[misc]
+            return own_step(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own loss; while it trains, times the weight of the micro-batch."""
@@ -154,6 +156,8 @@ class Accumulating:
                 "Call flush() before compile() to apply them.",
                 stacklevel=3,
             )
+        if known is not None:
+            _keras.forget_traces(self)
         self._accumulation = Windows(self)
         return self._accumulation
 
@@ -162,29 +166,44 @@ class Accumulating:
     @functools.wraps(_keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102  (it is that of `wraps`)
         # The model's own, with partial windows settled at the end of each epoch.
-        own_fit = super().fit  # type: ignore[misc]
+        own_fit: Any = vars(self).get("_own_fit", super().fit)  # type: ignore[misc]
         accumulate = self._accumulating_chain.find(Accumulate)
-        settle = _SETTLING["flush" if accumulate is None else accumulate.remainder]
-        signature = inspect.signature(own_fit)
-        if "callbacks" not in signature.parameters:
-            kinds = {parameter.kind for parameter in signature.parameters.values()}
-            if inspect.Parameter.VAR_KEYWORD not in kinds:
-                result = own_fit(*args, **kwargs)  # takes none, so it is settled once
-                settle(self)
-                return result
-            signature = inspect.signature(functools.partial(_keras.Model.fit, self))
-        call = signature.bind_partial(*args, **kwargs)
-        end_of_epoch = _EndOfEpoch(self, settle)
-        given = call.arguments.get("callbacks")
-        if not isinstance(given, keras_callbacks.CallbackList):
-            # First of all, so that every other callback sees the weights of whole epochs.
-            call.arguments["callbacks"] = [end_of_epoch, *tf.nest.flatten(given or [])]
-            return own_fit(*call.args, **call.kwargs)
-        given.callbacks.insert(0, end_of_epoch)
-        try:
+        end_of_epoch = _EndOfEpoch(self, "flush" if accumulate is None else accumulate.remainder)
+        result = _fit_with(end_of_epoch, own_fit, args, kwargs)
+        if not end_of_epoch.was_called:  # by a fit of the model's own
+            end_of_epoch.settle()
+            self._open_windows().warn_once(
+                "fit",
+                f"{self.name}: its fit does not call the callbacks that it is given, so that "  # type: ignore[attr-defined]
+                "windows run on from epoch to epoch. Pass callbacks on to tf_keras's fit.",
+            )
+        return result
+
+
+def _fit_with(callback: Any, own_fit: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A model's `fit` with one callback more, before all others."""
+    signature = inspect.signature(own_fit)
+    if "callbacks" not in signature.parameters:
+        kinds = {parameter.kind for parameter in signature.parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
             return own_fit(*args, **kwargs)
-        finally:
-            given.callbacks.remove(end_of_epoch)
+        if inspect.Parameter.VAR_POSITIONAL not in kinds:
+            given = kwargs.get("callbacks")
+            return own_fit(
+                *args, **{**kwargs, "callbacks": [callback, *tf.nest.flatten(given or [])]}
+            )
+        signature = inspect.signature(functools.partial(_keras.Model.fit, None))
+    call = signature.bind_partial(*args, **kwargs)
+    given = call.arguments.get("callbacks")
+    if not isinstance(given, keras_callbacks.CallbackList):
+        # First of all, so that every other callback sees the weights of whole epochs.
+        call.arguments["callbacks"] = [callback, *tf.nest.flatten(given or [])]
+        return own_fit(*call.args, **call.kwargs)
+    given.callbacks.insert(0, callback)
+    try:
+        return own_fit(*args, **kwargs)
+    finally:
+        given.callbacks.remove(callback)
 
 
 #: By `Accumulate.remainder`, what becomes of a partial window at the end of an epoch.
@@ -202,20 +221,23 @@ class _EndOfEpoch(keras_callbacks.Callback):  # type: ignore[misc]
     `evaluate` in the middle of an epoch has others, and settles nothing.
     """
 
-    def __init__(self, accumulating: Accumulating, settle: Callable[[Accumulating], Any]) -> None:
+    def __init__(self, accumulating: Accumulating, remainder: str) -> None:
         super().__init__()
         self._accumulating = accumulating
-        self._settle = settle
+        self._remainder = remainder
+        self.was_called = False
+
+    def settle(self) -> None:
+        """Do with a partial window what was asked for."""
+        _SETTLING[self._remainder](self._accumulating)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.was_called = True
 
     def on_test_begin(self, logs: Any = None) -> None:
-        self._settle(self._accumulating)
+        self.settle()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._settle(self._accumulating)
-        windows = self._accumulating._open_windows()
-        if logs and not windows.has_stepped:
-            windows.warn_once(
-                "step",
-                f"{self.model.name}: its training function does not call train_step, so that "
-                "there is nothing to accumulate. Have make_train_function call self.train_step.",
-            )
+        self.settle()
+        if logs:
+            self._accumulating._open_windows().warn_of_silence()

@@ -68,9 +68,10 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
     def hold_pass_counters(self) -> None:
         """Have what counts the passes of training count windows: all but their first pass."""
-        if self.first is not None and self.accumulate.steps != 1:
+        if self._pass_counters and self.accumulate.steps != 1:
+            is_begun = self.is_begun()
             for counter in self._pass_counters:
-                counter.assign_sub(tf.cast(self.first.micro_batches > 0, counter.dtype))
+                counter.assign_sub(tf.cast(is_begun, counter.dtype))
 
     @property
     def pending(self) -> int:
@@ -79,15 +80,27 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             counts = [int(window.micro_batches.numpy()) for window in self._windows.values()]
         return max(counts, default=0)
 
-    @property
-    def first(self) -> Optional[Window]:
-        """The window that was opened first, if there is one."""
-        return next(iter(self._windows.values()), None)
+    def is_begun(self) -> tf.Tensor:
+        """Whether any window holds micro-batches. Shape: scalar, bool."""
+        counts = [window.micro_batches for window in self._windows.values()]
+        return tf.reduce_any([count > 0 for count in counts]) if counts else tf.constant(False)
 
-    @property
-    def has_been_handed(self) -> bool:
-        """Whether any optimizer has been handed gradients, in this step or an earlier one."""
-        return bool(self._updates)
+    def warn_of_silence(self) -> None:
+        """Say, once, where nothing has come here that could be accumulated."""
+        name = self._model().name
+        if not self.has_stepped:
+            self.warn_once(
+                "step",
+                f"{name}: its training function does not call train_step, so that there is nothing "
+                "to accumulate. Have make_train_function call self.train_step.",
+            )
+        elif not self._updates:
+            self.warn_once(
+                "optimizers",
+                f"{name}: train_step has handed no gradients to apply_gradients of an optimizer of "
+                "the model, so that there is nothing to accumulate. Keep its optimizers as "
+                "attributes of the model or of its layers, and convert it before it trains.",
+            )
 
     def open(self, optimizer: Any, turn: Turn = (0,)) -> Window:
         """The window of an optimizer.
