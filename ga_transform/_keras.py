@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_v2_func_graphs import (
+    CondBranchFuncGraph,
     ControlFlowFuncGraph,
     WhileBodyFuncGraph,
 )
@@ -32,6 +34,8 @@ __all__ = [
     "Sequential",
     "activation_losses",
     "averages_of",
+    "branch_of",
+    "condition_of",
     "current_graph",
     "flatten_layers",
     "forget_traces",
@@ -46,7 +50,7 @@ __all__ = [
     "is_loop",
     "is_on_one_device",
     "is_optimizer",
-    "is_within_reach",
+    "is_symbolic",
     "optimizers_of",
     "optimizers_within",
     "output_layers",
@@ -224,11 +228,24 @@ def graphs_within(outer: Any) -> list[Any]:
     return graphs
 
 
-def is_within_reach(tensor: tf.Tensor) -> bool:
-    """Whether a tensor can be used here: not one of another branch or loop of the graph."""
-    if not hasattr(tensor, "graph"):  # it has a value
-        return True
-    return any(graph is tensor.graph for graph in graphs_within(None))
+def branch_of(graphs: Sequence[Any]) -> Any:
+    """The innermost branch of a condition among nested graphs, up to the first function."""
+    for graph in graphs:
+        if is_function(graph):
+            return None
+        if isinstance(graph, CondBranchFuncGraph):
+            return graph
+    return None
+
+
+def condition_of(branch: Any) -> str:
+    """The name of the condition that a graph is a branch of: its branches exclude each other."""
+    return re.sub(r"_(true|false|branch\d+)_\d+$", "", branch.name)
+
+
+def is_symbolic(value: Any) -> bool:
+    """Whether a value is a tensor of a graph."""
+    return tf.is_tensor(value) and hasattr(value, "graph")
 
 
 def is_loop(graph: Any) -> bool:

@@ -8,7 +8,7 @@ reduced: here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
@@ -51,37 +51,37 @@ class LossTerm(NamedTuple):
 
 
 @contextmanager
-def record_losses(container: Any) -> Iterator[list[LossTerm]]:
-    """Collect the terms of every call of a compiled loss, which itself runs as ever.
+def record_losses(container: Any, note: Callable[[LossTerm], None]) -> Iterator[None]:
+    """Hear of the terms of every call of a compiled loss, which itself runs as ever.
 
     Args:
-        container: `model.compiled_loss`; None collects nothing.
+        container: `model.compiled_loss`; None has no terms.
+        note: Is called with each.
     """
-    terms: list[LossTerm] = []
     if type(container) is _keras.LossesContainer:
         container.__class__ = _RecordedLosses
     recorded = isinstance(container, _RecordedLosses)
-    earlier = container._terms if recorded else None
+    earlier = container._note if recorded else None
     if recorded:
-        container._terms = terms
+        container._note = note
     try:
-        yield terms
+        yield
     finally:
         if recorded:
-            container._terms = earlier
+            container._note = earlier
 
 
 def stop_recording(container: Any) -> None:
     """Make a compiled loss what it was before it was first recorded."""
     if isinstance(container, _RecordedLosses):
         container.__class__ = _keras.LossesContainer
-        container.__dict__.pop("_terms", None)
+        container.__dict__.pop("_note", None)
 
 
 class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
     """A compiled loss that tells its terms to whoever listens."""
 
-    _terms: Optional[list[LossTerm]] = None
+    _note: Optional[Callable[[LossTerm], None]] = None
     _losses: Any
 
     def __call__(
@@ -91,13 +91,13 @@ class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
         sample_weight: Any = None,
         regularization_losses: Any = None,
     ) -> Any:
-        if self._terms is None:
+        if self._note is None:
             return super().__call__(y_true, y_pred, sample_weight, regularization_losses)
         if not self._built:
             self.build(y_pred)
         losses = self._losses
         self._losses = [
-            None if loss is None else _RecordedLoss(loss, name, weight, self._terms)
+            None if loss is None else _RecordedLoss(loss, name, weight, self._note)
             for loss, name, weight in zip(losses, self._output_names, self._loss_weights)
         ]
         try:
@@ -113,12 +113,14 @@ class _RecordedLoss:
     without a single valid element has a loss of zero, where tf_keras has 0 / 0.
     """
 
-    def __init__(self, loss: Any, output: str, weight: Any, terms: list[LossTerm]) -> None:
+    def __init__(
+        self, loss: Any, output: str, weight: Any, note: Callable[[LossTerm], None]
+    ) -> None:
         self.reduction = loss.reduction
         self._loss = loss
         self._output = output
         self._weight = weight
-        self._terms = terms
+        self._note = note
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
         elements, mask = self._unreduced(y_true, y_pred, sample_weight)
@@ -133,7 +135,7 @@ class _RecordedLoss:
         if mask is None:
             count, extent = _where_one_number(elements, y_true, count, extent)
         weighted = value if self._weight is None else value * self._weight
-        self._terms.append(LossTerm(self._output, kind, weighted, count, extent))
+        self._note(LossTerm(self._output, kind, weighted, count, extent))
         return value
 
     def _unreduced(

@@ -49,6 +49,7 @@ class MicroStep:
         takes_loss_as_it_is = not _keras.has_own_gradients(getattr(model, "optimizer", None))
         #: Whether the losses are to be differentiated kind by kind.
         self.has_kinds = is_usual and takes_loss_as_it_is and _keras.has_sum_losses(model)
+        self._is_keras_step = differentiates_loss
         self._differentiates_loss = differentiates_loss and takes_loss_as_it_is
         self._windows = windows
         self._data = data
@@ -59,6 +60,8 @@ class MicroStep:
         self._held: Optional[_Held] = None
         #: How often each optimizer has been handed gradients in each function of this step.
         self._turns: dict[Any, int] = {}
+        #: The variables of each of these calls.
+        self._trained: dict[Any, set[Any]] = {}
         #: The windows that have been handed gradients in this step, and of what variables.
         self._handed: list[tuple[Window, set[Any]]] = []
 
@@ -67,11 +70,15 @@ class MicroStep:
         self._windows.hold_pass_counters()
         divert(self.model)
         self._graph = _keras.current_graph()
-        terms = self._scope.enter_context(record_losses(self.model.compiled_loss))
-        self._scope.enter_context(running(self))
         self._weighting = Weighting(
-            self.model, self._windows, self._data, terms, keeps_kinds_apart=self.has_kinds
+            self.model,
+            self._windows,
+            self._data,
+            keeps_kinds_apart=self.has_kinds,
+            is_own_step=not self._is_keras_step,
         )
+        self._scope.enter_context(record_losses(self.model.compiled_loss, self._weighting.note))
+        self._scope.enter_context(running(self))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -161,9 +168,16 @@ class MicroStep:
             )
         pairs = list(grads_and_vars)
         present = [variable for gradient, variable in pairs if gradient is not None]
-        turn = self._turn(optimizer, list(filter(_keras.is_function, graphs)))
+        trained = {variable.ref() for _, variable in pairs}
+        turn = self._turn(optimizer, graphs, trained)
         window = self._windows.open(optimizer, turn)
-        self._handed.append((window, {variable.ref() for _, variable in pairs}))
+        self._handed.append((window, trained))
+        if any(map(_keras.is_symbolic, tf.nest.flatten((args, kwargs)))):
+            self._windows.warn_once(
+                "arguments",
+                f"{self.model.name}: train_step passes tensors to apply_gradients beside the "
+                "gradients. An update is given those of its last micro-batch only.",
+            )
         kind = self._kind(optimizer)
         if self._weighed_by is None:
             weight = self._weighting.weight(kind)
@@ -230,15 +244,27 @@ class MicroStep:
         begun = windows[-1].micro_batches > 0 if windows else self._windows.is_begun()
         return tf.cond(begun, lambda: tf.constant(0), act)
 
-    def _turn(self, optimizer: Any, functions: list[Any]) -> Turn:
+    def _turn(self, optimizer: Any, graphs: list[Any], variables: set[Any]) -> Turn:
         """Which call of an optimizer this is, of those that a step makes.
 
         Functions that are called in a step may be traced several times: their names tell them.
+        Branches of a condition exclude each other: their calls are the same ones, if they
+        train the same variables.
         """
+        functions = list(filter(_keras.is_function, graphs))
         place = id(optimizer), functions[0] if functions else None
         count = self._turns.setdefault(place, 0)
+        branch = _keras.branch_of(graphs)
+        if branch is not None:
+            first = self._turns.setdefault((*place, _keras.condition_of(branch)), count)
+            turn = self._turns.get((*place, branch), first)
+            if self._trained.get((*place, turn), variables) == variables:
+                count = turn
         if self._held is None:
-            self._turns[place] += 1
+            self._turns[place] = max(self._turns[place], count + 1)
+            self._trained[(*place, count)] = variables
+            if branch is not None:
+                self._turns[(*place, branch)] = count + 1
         return *(function.name for function in functions), count
 
     def _kind(self, optimizer: Any) -> str:

@@ -249,7 +249,7 @@ def _accumulating_class(base: type, taken: frozenset[str]) -> type:
     )
     _keras.register_as(made, AccumulatingModel)
     _CLASSES[base, taken] = made
-    return made
+    return _CLASSES[base, taken]
 
 
 def _written_as_plain(name: str) -> Callable[..., Any]:

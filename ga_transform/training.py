@@ -53,6 +53,7 @@ class Accumulating:
         Returns:
             What the model's own `train_step` returns.
         """
+        windows = self._open_windows()
         own_step: Any = vars(self).get("_own_train_step", super().train_step)  # type: ignore[misc]
         usual_step = "_own_train_step" not in vars(self) and _keras.is_keras_own(
             self, Accumulating, "train_step"
@@ -62,7 +63,7 @@ class Accumulating:
         data = given[0] if len(given) == 1 else given
         with MicroStep(
             self,
-            self._open_windows(),
+            windows,
             data,
             is_usual=usual_step and usual_loss,
             differentiates_loss=usual_step,

@@ -42,6 +42,11 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self._updates = self._no_dependency({})
         self._flushes = self._no_dependency({})
         self._followers = self._no_dependency({})
+        with tf.init_scope():
+            #: What the step's batch and its latest compiled loss weigh, for functions that the
+            #: step calls: these keep what they have captured, and must capture no tensor of it.
+            self.batch_weight = self._no_dependency(tf.Variable(1.0, False, dtype=tf.float64))
+            self.loss_weight = self._no_dependency(tf.Variable(1.0, False, dtype=tf.float64))
         #: Whether a step of the model has come here.
         self.has_stepped = False
         self._warned = self._no_dependency(set())

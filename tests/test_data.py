@@ -352,6 +352,89 @@ class InFunctions(own_models.TwoLayers):
         return loss
 
 
+class Helped(own_models.TwoLayers):
+    """Its step hands the gradients to a function of TensorFlow, which applies them."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            compiled = self.compiled_loss is not None and self.compiled_loss._user_losses
+            loss = self.compiled_loss(y, y_pred) if compiled else own_models.mean_square(y, y_pred)
+        self.hand(tape.gradient(loss, self.trainable_variables))
+        return {"loss": loss}
+
+    @tf.function
+    def hand(self, gradients):
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
+
+
+class Decorated(own_models.TwoLayers):
+    @tf.function
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+@pytest.mark.parametrize("how", [{}, {"run_eagerly": True}, {"steps_per_execution": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("model_class", "loss"), [(Helped, None), (Helped, "mse"), (Decorated, "mse")]
+)
+def test_functions_in_a_step_weigh_each_micro_batch(float64, model_class, loss, how):
+    """They are traced once, and each micro-batch has a weight of its own all the same."""
+    plain, model = model_class(), model_class()
+    for each in (plain, model):
+        each.compile(tf_keras.optimizers.legacy.SGD(0.125), loss, **how)
+    ga.make_accumulating(model, 3, inplace=True)
+    rng = np.random.default_rng(4)
+    windows = [[own_models.regression(rng, n) for n in window] for window in cases.UNEVEN]
+    plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
+    model.fit(cases.dataset(sum(windows, [])), verbose=0)
+    model.compile(model.optimizer, loss, **how)  # what is traced is made anew
+    plain.compile(plain.optimizer, loss, **how)
+    plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
+    model.fit(cases.dataset(sum(windows, [])), verbose=0)
+    ga.strip_accumulating(model, inplace=True)
+    for each in (plain, model):
+        each.fit(cases.dataset(windows[0]), verbose=0)
+    assert int(model.optimizer.iterations) == int(plain.optimizer.iterations) == 7
+    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+
+
+def test_branches_that_exclude_each_other_share_a_window(float64):
+    """One optimizer, called in this branch or in that one: an update every so many batches."""
+
+    class Either(own_models.TwoLayers):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = own_models.mean_square(y, self(x))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.seen.assign_add(1)
+
+            def apply(factor):
+                scaled = [factor * gradient for gradient in gradients]
+                self.optimizer.apply_gradients(zip(scaled, self.trainable_variables))
+                return factor
+
+            factor = tf.cond(self.seen % 2 == 0, lambda: apply(1.0), lambda: apply(2.0))
+            self.optimizer.apply_gradients([(0.1 * gradients[0], self.trainable_variables[0])])
+            return {"loss": loss, "factor": factor}
+
+    results = []
+    for how in ({}, {"run_eagerly": True}):
+        model = Either()
+        model.seen = tf.Variable(0, trainable=False)
+        model.compile(own_models.momentum(), **how)
+        ga.make_accumulating(model, 2, inplace=True)
+        rng = np.random.default_rng(4)
+        model.fit(cases.dataset([own_models.regression(rng, 3) for _ in range(6)]), verbose=0)
+        assert int(model.optimizer.iterations) == 6
+        results.append(model.get_weights())
+    for traced, eager in zip(*results):
+        np.testing.assert_allclose(traced, eager, rtol=0, atol=1e-9)
+
+
 def test_a_step_of_functions(float64):
     """Functions within the step, which are traced more than once: a window for each call."""
     plain, model = InFunctions(), InFunctions()
