@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from tf_keras import callbacks as keras_callbacks
@@ -56,40 +57,59 @@ def per_update(callback: Callback) -> Callback:
         )
     own_class = type(callback)
     if not issubclass(own_class, _PerUpdate):
+        # Hooks that are set on the object (as LambdaCallback does) would hide those of the class.
+        own_hooks = {name: vars(callback).pop(name) for name in _HOOKS if name in vars(callback)}
         callback.__class__ = type(own_class.__name__, (_PerUpdate, own_class), {})
+        callback._own_hooks = own_hooks
     return callback
+
+
+_HOOKS = (
+    "on_epoch_begin",
+    "on_train_batch_begin",
+    "on_train_batch_end",
+    "on_test_begin",
+    "on_epoch_end",
+)
 
 
 class _PerUpdate:
     """Stands in front of a callback's class."""
 
     model: Any
+    _own_hooks: Mapping[str, Callable[..., Any]]
     #: Whether a window has begun, and not ended.
     _in_window = False
     _updates = 0
+    #: Those of the latest batch.
+    _logs: Any = None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._updates = 0
-        super().on_epoch_begin(epoch, logs)  # type: ignore[misc]
+        self._own("on_epoch_begin", super())(epoch, logs)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if not self._in_window:
             self._in_window = True
-            super().on_train_batch_begin(self._updates, logs)  # type: ignore[misc]
+            self._own("on_train_batch_begin", super())(self._updates, logs)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._logs = logs
         if self._in_window and not self._pending():
             self._in_window = False
-            super().on_train_batch_end(self._updates, logs)  # type: ignore[misc]
+            self._own("on_train_batch_end", super())(self._updates, logs)
             self._updates += 1
 
     def on_test_begin(self, logs: Any = None) -> None:
-        self.on_train_batch_end(self._updates)  # a partial window has been flushed
-        super().on_test_begin(logs)  # type: ignore[misc]
+        self.on_train_batch_end(self._updates, self._logs)  # a partial window has been flushed
+        self._own("on_test_begin", super())(logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self.on_train_batch_end(self._updates)  # likewise, where there is no validation
-        super().on_epoch_end(epoch, logs)  # type: ignore[misc]
+        self.on_train_batch_end(self._updates, self._logs)  # likewise, without validation
+        self._own("on_epoch_end", super())(epoch, logs)
+
+    def _own(self, name: str, behind: Any) -> Callable[..., Any]:
+        return self._own_hooks.get(name) or getattr(behind, name)
 
     def _pending(self) -> int:
         windows = getattr(self.model, "_open_windows", None)

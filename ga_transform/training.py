@@ -31,13 +31,24 @@ from ga_transform.windows import Windows
 __all__ = ["Accumulating"]
 
 
+class _Shown:
+    """A property that gives way to an attribute which a model of the user's own sets later."""
+
+    def __init__(self, get: Callable[[Any], Any]) -> None:
+        self._get = get
+        functools.update_wrapper(self, get)  # type: ignore[arg-type]
+
+    def __get__(self, model: Any, owner: Any = None) -> Any:
+        return self if model is None else self._get(model)
+
+
 class Accumulating:
     """Stands in front of a tf_keras model class: its optimizers see windows, not batches."""
 
     #: Set once, at conversion.
     _accumulating_chain: Chain
 
-    @property
+    @_Shown
     def transforms(self) -> Chain:
         """What is done to this model, as a printable, comparable chain."""
         return self._accumulating_chain
@@ -94,7 +105,7 @@ class Accumulating:
 
     # ---- what is pending ---------------------------------------------------------------
 
-    @property
+    @_Shown
     def pending_micro_batches(self) -> int:
         """How many micro-batches are accumulated and not yet applied."""
         return self._open_windows().pending

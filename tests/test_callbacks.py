@@ -82,6 +82,21 @@ def test_a_window_that_is_carried_goes_on():
     ]  # fmt: skip
 
 
+def test_hooks_that_are_set_on_the_object():
+    """`LambdaCallback` keeps its functions on itself; they are called once an update, with logs."""
+    calls = []
+    callback = tf_keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: calls.append((batch, "loss" in logs)),
+        on_epoch_end=lambda epoch, logs: calls.append("epoch"),
+    )
+    model = own_models.TwoLayers()
+    model.compile("sgd", "mse")
+    ga.make_accumulating(model, 2, inplace=True)
+    x, y = own_models.regression(np.random.default_rng(0), 3)
+    model.fit(x, y, batch_size=1, verbose=0, callbacks=[ga.per_update(callback)])
+    assert calls == [(0, True), (1, True), "epoch"]
+
+
 def test_what_is_no_callback_is_refused():
     """One line that says what to pass."""
     with pytest.raises(

@@ -100,6 +100,159 @@ def test_what_a_copy_cannot_know_is_named():
         ga.make_accumulating(model, 2)
 
 
+@tf_keras.utils.register_keras_serializable("tests")
+class Pair(tf_keras.Model):
+    """Two networks, trained by its step; it is never called itself."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.left = tf_keras.Sequential([tf_keras.Input([4]), layers.Dense(2)])
+        self.scale = None
+
+    def get_config(self):
+        return {}
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            scale = 1.0 if self.scale is None else self.scale
+            loss = own_models.mean_square(y, scale * self.left(x))
+        self.optimizer.minimize(loss, self.left.trainable_variables, tape=tape)
+        return {"loss": loss}
+
+
+def test_a_model_that_is_never_called_is_copied():
+    """Its weights, its optimizer's state, and an array that was set on it."""
+    model = Pair()
+    model.compile(own_models.momentum())
+    model.scale = np.array([0.5, 2.0], "float32")
+    train(model)
+    copy = ga.make_accumulating(model, accum_steps=1)
+    for each in (model, copy):
+        train(each)
+    for ours, theirs in zip(copy.left.get_weights(), model.left.get_weights()):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert int(copy.optimizer.iterations) == int(model.optimizer.iterations) == 12
+
+
+def test_what_a_copy_would_share_or_lose_is_named():
+    """Layers that a config hands on, methods set on the object, averages of weights."""
+
+    class Sharing(ByArguments):
+        def __init__(self, top):
+            tf_keras.Model.__init__(self)
+            self.top = top
+
+        def get_config(self):
+            return {"top": self.top}
+
+    model = Sharing(layers.Dense(2))
+    model(X)
+    with pytest.raises(ValueError, match="its config hands on the layers themselves"):
+        ga.make_accumulating(model, 2)
+    model = tf_keras.Sequential([tf_keras.Input([4]), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    model.train_step = model.train_step
+    with pytest.raises(ValueError, match="its 'train_step' is set on the object"):
+        ga.make_accumulating(model, 2)
+    model = configured()
+    model.average = tf.train.ExponentialMovingAverage(0.5)
+    model(X)
+    model.average.apply(model.trainable_variables)
+    with pytest.raises(ValueError, match="a moving average of its weights is in no config"):
+        ga.make_accumulating(model, 2)
+
+
+def test_one_optimizer_in_two_places_is_one_in_the_copy():
+    """It is copied once, built or not."""
+    optimizer = own_models.momentum()
+    model = Configured()
+    model.compile(optimizer, tuners=[optimizer], loss="mse")
+    copy = ga.make_accumulating(model, 2)
+    assert copy.tuners[0] is copy.optimizer is not optimizer
+
+
+def test_nothing_is_left_behind():
+    """A model that was converted and stripped in place is what it was, and trains as it did."""
+
+    class Decorated(own_models.TwoLayers):
+        @tf.function
+        def train_step(self, data):
+            return super().train_step(data)
+
+    models = []
+    for convert in (False, True):
+        model = Decorated()
+        model.compile(tf_keras.optimizers.legacy.SGD(0.125), "mse")
+        model(X)
+        train(model, epochs=1)
+        if convert:
+            attributes = {*vars(model)}
+            ga.make_accumulating(model, 2, inplace=True)
+            before = model.get_weights()
+            train(model, epochs=1)
+            assert int(model.optimizer.iterations) == 6 + 3
+            model.set_weights(before)
+            model.optimizer.iterations.assign(6)
+            ga.strip_accumulating(model, inplace=True)
+            assert {*vars(model)} == attributes
+            assert "_accumulation" not in model._trackable_children()
+        train(model, epochs=1)
+        assert int(model.optimizer.iterations) == 12
+        models.append(model)
+    plain, model = models
+    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+class OwnFit(own_models.TwoLayers):
+    """A `fit` of its own, with an argument of its own, that drops or passes on callbacks."""
+
+    def fit(self, x, y, rounds=1, **kwargs):
+        for _ in range(rounds):
+            history = super().fit(x, y, **kwargs)
+        return history
+
+
+class Dropping(own_models.TwoLayers):
+    def fit(self, x, y, batch_size, callbacks=None):
+        return super().fit(x, y, batch_size=batch_size, verbose=0, epochs=2)
+
+
+def test_a_fit_of_its_own():
+    """Its arguments are its own; where it drops callbacks the window is settled at its end."""
+    model = OwnFit()
+    model.compile("sgd", "mse")
+    ga.make_accumulating(model, 4, inplace=True)
+    model.fit(X, Y, rounds=2, batch_size=2, verbose=0)
+    assert int(model.optimizer.iterations) == 4
+    model = Dropping()
+    model.compile("sgd", "mse")
+    ga.make_accumulating(model, 5, inplace=True)
+    with pytest.warns(ga.InexactWarning, match="its fit does not call the callbacks"):
+        model.fit(X, Y, 2)
+    assert int(model.optimizer.iterations) == 3
+    assert model.pending_micro_batches == 0
+
+
+def test_a_step_with_arguments_of_its_own():
+    """A training function of its own may call the step with more than a batch."""
+
+    class Stepping(own_models.TwoLayers):
+        def train_step(self, x, y, factor=1.0):
+            with tf.GradientTape() as tape:
+                loss = factor * own_models.mean_square(y, self(x))
+            self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+            return {"loss": loss}
+
+    model = Stepping()
+    model.compile("sgd")
+    ga.make_accumulating(model, 2, inplace=True)
+    for _ in range(4):
+        model.train_step(X, Y, factor=0.5)
+    assert int(model.optimizer.iterations) == 2
+
+
 def test_a_model_without_a_config_is_sent_to_inplace():
     """The line names the way out, and this copies nothing."""
     model = own_models.TwoLayers()
@@ -312,6 +465,28 @@ def test_what_the_plain_model_can_save_the_converted_one_can(tmp_path):
     unknown.save(tmp_path / "unknown")
     revived = tf_keras.models.load_model(tmp_path / "unknown")
     np.testing.assert_allclose(revived(X), unknown(X), atol=1e-6)
+
+
+class Network(tf_keras.Model):
+    """A functional model of a class of its own."""
+
+
+def test_files_that_name_a_class_by_its_bare_name(tmp_path):
+    """HDF5 and JSON hold the plain model, and a warning says so."""
+    inputs = tf_keras.Input([4])
+    model = Network(inputs, layers.Dense(2)(inputs))
+    model.compile("sgd", "mse")
+    ga.make_accumulating(model, 2, inplace=True)
+    with pytest.warns(UserWarning, match="HDF5 holds the plain Network, without the chain"):
+        model.save(tmp_path / "model.h5")
+    custom = {"Network": Network}
+    loaded = tf_keras.models.load_model(tmp_path / "model.h5", custom_objects=custom)
+    assert type(loaded) is Network
+    np.testing.assert_allclose(loaded(X), model(X), atol=1e-6)
+    with pytest.warns(UserWarning, match="JSON holds the plain Network"):
+        text = model.to_json()
+    assert type(tf_keras.models.model_from_json(text, custom_objects=custom)) is Network
+    assert type(tf_keras.models.clone_model(model)) is type(model)
 
 
 def test_a_class_that_is_not_known_is_named(tmp_path):
