@@ -84,6 +84,8 @@ class Weighting:
         """Whether an optimizer's gradients are those of a sum or of a mean."""
         if self._weighting == "sum":
             return SUM
+        if self._is_own_step and callable(self._weighting):
+            return MEAN  # it says what the mean divided by
         terms = self.terms() or self._terms
         if _keras.has_own_gradients(optimizer):
             # One that is given the loss of each row takes the mean of what it makes of them.
@@ -219,6 +221,13 @@ class Weighting:
                 f"{self._model.name}: {type(held[0]).__name__} with reduction SUM is used by a loss "
                 "of the model's own, which is read as a mean over rows. If that loss is a sum, say "
                 "so: Accumulate(weighting='sum').",
+            )
+        if self._is_own_step and any(term.value.shape.rank != 0 for term in terms):
+            self._windows.warn_once(
+                "unreduced",
+                f"{self._model.name}: the loss of each row goes into a train_step of the model's "
+                "own, whose gradients are read as their sum. If it takes their mean, say what that "
+                "divides by: Accumulate(weighting=...).",
             )
         sums = [term.output for term in terms if term.kind == SUM]
         if not sums or self._keeps_kinds_apart:

@@ -248,6 +248,35 @@ def test_a_sum_of_its_own(float64, reduction, weighting):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
 
 
+def test_losses_by_row_in_a_step_of_its_own(float64):
+    """Unreduced losses whose mean the step takes: a counting function says so, and is asked for."""
+
+    class Mean(own_models.TwoLayers):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(self.compiled_loss(y, self(x)))
+            self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+            return {"loss": loss}
+
+    loss = tf_keras.losses.MeanSquaredError(reduction="none")
+    plain, model, warned = Mean(), Mean(), Mean()
+    for each in (plain, model, warned):
+        each.hidden.kernel_regularizer = None
+        each.compile(own_models.momentum(), loss)
+    transforms = [ga.Accumulate(3, weighting=lambda data: tf.shape(data[1])[0])]
+    ga.make_accumulating(model, transforms=transforms, inplace=True)
+    rng = np.random.default_rng(3)
+    windows = [[own_models.regression(rng, n) for n in window] for window in cases.UNEVEN]
+    plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
+    model.fit(cases.dataset(sum(windows, [])), verbose=0)
+    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+    ga.make_accumulating(warned, 3, inplace=True)
+    with pytest.warns(ga.InexactWarning, match="gradients are read as their sum"):
+        warned.train_on_batch(*windows[0][0])
+
+
 def test_a_sum_that_would_be_taken_for_a_mean_is_named():
     """A loss object with reduction SUM that a model's own loss uses: a warning says what to say."""
     model = Tasked("sum")
