@@ -1,4 +1,4 @@
-"""The conversion: from the arguments to a chain, from a model to one that accumulates."""
+"""The conversion: from a model to one that accumulates, and back."""
 
 from __future__ import annotations
 

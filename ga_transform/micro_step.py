@@ -159,25 +159,13 @@ class MicroStep:
     ) -> Any:
         """Take the gradients that the model hands to an optimizer into its window."""
         graphs = _keras.graphs_within(self._graph)
-        if any(map(_keras.is_loop, graphs)):
-            self._windows.warn_once(
-                "loop",
-                f"{self.model.name}: train_step calls apply_gradients in a loop of TensorFlow, "
-                "where each pass counts as a micro-batch. Loop in Python (range for tf.range) to "
-                "have a window for each pass.",
-            )
+        self._warn_of_call(graphs, args, kwargs)
         pairs = list(grads_and_vars)
         present = [variable for gradient, variable in pairs if gradient is not None]
         trained = {variable.ref() for _, variable in pairs}
         turn = self._turn(optimizer, graphs, trained)
         window = self._windows.open(optimizer, turn)
         self._handed.append((window, trained))
-        if any(map(_keras.is_symbolic, tf.nest.flatten((args, kwargs)))):
-            self._windows.warn_once(
-                "arguments",
-                f"{self.model.name}: train_step passes tensors to apply_gradients beside the "
-                "gradients. An update is given those of its last micro-batch only.",
-            )
         kind = self._kind(optimizer)
         if self._weighed_by is None:
             weight = self._weighting.weight(kind)
@@ -192,12 +180,6 @@ class MicroStep:
         )
         if kind == MEAN and self._weighed_by is None and not window.is_single:
             gradients = [_times(gradient, relative) for gradient in gradients]
-        by_reference: dict[Any, Gradient] = {}
-        for gradient, variable in zip(gradients, present):
-            earlier = by_reference.get(variable.ref())
-            if earlier is not None:
-                gradient = added(earlier, gradient, variable)
-            by_reference[variable.ref()] = gradient
         update = self._windows.update_of(optimizer, turn, args, kwargs)
 
         def add(shares: list[Share]) -> None:
@@ -206,7 +188,7 @@ class MicroStep:
             if window.add(variables, shares, weight, iterations, update):
                 self._windows.trace_again()
 
-        share = Share(kind, by_reference, relative)
+        share = Share(kind, _by_reference(gradients, present), relative)
         if self._held is None:
             add([share])
             self._weighting.spend_terms()
@@ -267,6 +249,22 @@ class MicroStep:
                 self._turns[(*place, branch)] = count + 1
         return *(function.name for function in functions), count
 
+    def _warn_of_call(self, graphs: list[Any], args: Any, kwargs: Any) -> None:
+        """Say, once, where a call of an optimizer cannot be taken for what it is."""
+        if any(map(_keras.is_loop, graphs)):
+            self._windows.warn_once(
+                "loop",
+                f"{self.model.name}: train_step calls apply_gradients in a loop of TensorFlow, "
+                "where each pass counts as a micro-batch. Loop in Python (range for tf.range) to "
+                "have a window for each pass.",
+            )
+        if any(map(_keras.is_symbolic, tf.nest.flatten((args, kwargs)))):
+            self._windows.warn_once(
+                "arguments",
+                f"{self.model.name}: train_step passes tensors to apply_gradients beside the "
+                "gradients. An update is given those of its last micro-batch only.",
+            )
+
     def _kind(self, optimizer: Any) -> str:
         return self._weighting.kind(optimizer) if self.kind is None else self.kind
 
@@ -277,6 +275,17 @@ class _Held:
     def __init__(self) -> None:
         self.shares: list[Share] = []
         self.add: Callable[[list[Share]], None]
+
+
+def _by_reference(
+    gradients: Iterable[Gradient], variables: Iterable[tf.Variable]
+) -> dict[Any, Gradient]:
+    """Gradients by their variables; those of a variable that is handed twice are added up."""
+    found: dict[Any, Gradient] = {}
+    for gradient, variable in zip(gradients, variables):
+        earlier = found.get(variable.ref())
+        found[variable.ref()] = gradient if earlier is None else added(earlier, gradient, variable)
+    return found
 
 
 def _times(gradient: Gradient, weight: tf.Tensor) -> Gradient:
