@@ -134,13 +134,13 @@ def _is_known(function_or_class: Any) -> bool:
 
 
 def _copy_layer_state(model: Any, copy: Any) -> None:
-    weights, own_weights = _keras.weights_of(model), _keras.weights_of(copy)
-    if weights and not own_weights:
+    weights = _keras.weights_of(model)
+    if weights and not _keras.weights_of(copy):
         _build_like(model, copy)
     layers, copies = _keras.flatten_layers(model), _keras.flatten_layers(copy)
     if [type(layer) for layer in layers[1:]] != [type(layer) for layer in copies[1:]]:
         raise not_copied(model, "its layers come out of their configs in another structure")
-    if set(map(id, weights)) & set(map(id, own_weights)):
+    if set(map(id, weights)) & set(map(id, _keras.weights_of(copy))):
         raise not_copied(model, "its config hands on the layers themselves")
     for layer, own in zip(layers, copies):
         if len(layer._callable_losses) != len(own._callable_losses):

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Optional
+from typing import Any
 
 import tf_keras
 
@@ -129,23 +129,16 @@ class _OwnClass(AccumulatingModel):
         with as_plain(self):
             return str(self.to_json(**kwargs))
 
-    def save(
-        self,
-        filepath: Any,
-        overwrite: bool = True,
-        save_format: Optional[str] = None,
-        **kwargs: Any,
-    ) -> None:
+    def save(self, *args: Any, **kwargs: Any) -> None:
         """The model's own; as HDF5, which names a class by its bare name, the plain model."""
-        is_hdf5 = save_format == "h5" or (
-            save_format is None and str(filepath).endswith((".h5", ".hdf5"))
-        )
-        if not is_hdf5:
-            super().save(filepath, overwrite, save_format, **kwargs)  # type: ignore[misc]
+        filepath = args[0] if args else kwargs.get("filepath")
+        save_format = args[2] if len(args) > 2 else kwargs.get("save_format")
+        if save_format != "h5" and (save_format or not str(filepath).endswith((".h5", ".hdf5"))):
+            super().save(*args, **kwargs)  # type: ignore[misc]
             return
         self._warn_of_plain_file("HDF5")
         with as_plain(self):
-            self.save(filepath, overwrite, save_format, **kwargs)
+            self.save(*args, **kwargs)
 
     def _warn_of_plain_file(self, kind: str) -> None:
         warnings.warn(

@@ -190,8 +190,13 @@ def concatenate(batches):
 
 def make_batches(case, windows, seed=0):
     """For each window, its micro-batches."""
+    return batches_of(case.batch, windows, seed)
+
+
+def batches_of(batch, windows, seed=0):
+    """For each window, its micro-batches, of a function that makes one."""
     rng = np.random.default_rng(seed)
-    return [[case.batch(rng, rows) for rows in window] for window in windows]
+    return [[batch(rng, rows) for rows in window] for window in windows]
 
 
 def dataset(batches):

@@ -13,6 +13,14 @@ import ga_transform as ga
 WORDS = np.array(["one", "two", "three", "four"])
 
 
+def assert_trains_alike(plain, model, windows):
+    """A converted model in windows, and a plain one on the concatenation of each."""
+    plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
+    model.fit(cases.dataset(sum(windows, [])), verbose=0)
+    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+
+
 class Step(tf_keras.Model):
     """A loss of its own, a mean over rows, of whatever `predict` makes of a batch."""
 
@@ -54,10 +62,7 @@ def test_what_weighs_nothing_adds_nothing(float64):
         rng = np.random.default_rng(empty)
         windows.append([own_models.regression(rng, rows) for rows in (4, 2, 3)])
         windows[-1][empty][1][:] = -1.0
-    plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
-    model.fit(cases.dataset(sum(windows, [])), verbose=0)
-    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+    assert_trains_alike(plain, model, windows)
 
 
 class Coordinates(tf.experimental.BatchableExtensionType):
@@ -240,12 +245,8 @@ def test_a_sum_of_its_own(float64, reduction, weighting):
     for each in (plain, model):
         each.compile(tf_keras.optimizers.SGD(0.01, momentum=0.9))
     ga.make_accumulating(model, transforms=[ga.Accumulate(3, weighting=weighting)], inplace=True)
-    rng = np.random.default_rng(3)
-    windows = [[own_models.regression(rng, n) for n in window] for window in cases.PARTIAL]
-    plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
-    model.fit(cases.dataset(sum(windows, [])), verbose=0)
-    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+    windows = cases.batches_of(own_models.regression, cases.PARTIAL, 3)
+    assert_trains_alike(plain, model, windows)
 
 
 def test_losses_by_row_in_a_step_of_its_own(float64):
@@ -266,12 +267,8 @@ def test_losses_by_row_in_a_step_of_its_own(float64):
         each.compile(own_models.momentum(), loss)
     transforms = [ga.Accumulate(3, weighting=lambda data: tf.shape(data[1])[0])]
     ga.make_accumulating(model, transforms=transforms, inplace=True)
-    rng = np.random.default_rng(3)
-    windows = [[own_models.regression(rng, n) for n in window] for window in cases.UNEVEN]
-    plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
-    model.fit(cases.dataset(sum(windows, [])), verbose=0)
-    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+    windows = cases.batches_of(own_models.regression, cases.UNEVEN, 3)
+    assert_trains_alike(plain, model, windows)
     ga.make_accumulating(warned, 3, inplace=True)
     with pytest.warns(ga.InexactWarning, match="gradients are read as their sum"):
         warned.train_on_batch(*windows[0][0])
@@ -349,12 +346,8 @@ def test_losses_of_branches_of_the_graph(float64):
     for each in (plain, model):
         each.compile(own_models.momentum(), "mse")
     ga.make_accumulating(model, 3, inplace=True)
-    rng = np.random.default_rng(3)
-    windows = [[own_models.regression(rng, n) for n in window] for window in cases.UNEVEN]
-    plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
-    model.fit(cases.dataset(sum(windows, [])), verbose=0)
-    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+    windows = cases.batches_of(own_models.regression, cases.UNEVEN, 3)
+    assert_trains_alike(plain, model, windows)
 
 
 class InFunctions(own_models.TwoLayers):
@@ -414,8 +407,7 @@ def test_functions_in_a_step_weigh_each_micro_batch(float64, model_class, loss, 
     for each in (plain, model):
         each.compile(tf_keras.optimizers.legacy.SGD(0.125), loss, **how)
     ga.make_accumulating(model, 3, inplace=True)
-    rng = np.random.default_rng(4)
-    windows = [[own_models.regression(rng, n) for n in window] for window in cases.UNEVEN]
+    windows = cases.batches_of(own_models.regression, cases.UNEVEN, 4)
     plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
     model.fit(cases.dataset(sum(windows, [])), verbose=0)
     model.compile(model.optimizer, loss, **how)  # what is traced is made anew
@@ -467,15 +459,11 @@ def test_branches_that_exclude_each_other_share_a_window(float64):
 def test_a_step_of_functions(float64):
     """Functions within the step, which are traced more than once: a window for each call."""
     plain, model = InFunctions(), InFunctions()
-    rng = np.random.default_rng(4)
-    windows = [[own_models.regression(rng, n) for n in window] for window in cases.PARTIAL]
+    windows = cases.batches_of(own_models.regression, cases.PARTIAL, 4)
     for each in (plain, model):
         each.compile(tf_keras.optimizers.legacy.SGD(0.125))
     ga.make_accumulating(model, 3, inplace=True)
-    plain.fit(cases.dataset(map(cases.concatenate, windows)), verbose=0)
-    model.fit(cases.dataset(sum(windows, [])), verbose=0)
-    for ours, theirs in zip(model.get_weights(), plain.get_weights()):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+    assert_trains_alike(plain, model, windows)
 
 
 def test_a_loop_of_tensorflow_is_named():

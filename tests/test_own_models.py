@@ -10,12 +10,6 @@ import tf_keras
 import ga_transform as ga
 
 
-def batches_of(batch, windows, seed=3):
-    """For each window, its micro-batches."""
-    rng = np.random.default_rng(seed)
-    return [[batch(rng, rows) for rows in window] for window in windows]
-
-
 def fit(model, batches, epochs=2):
     return model.fit(cases.dataset(batches), epochs=epochs, verbose=0)
 
@@ -42,7 +36,7 @@ def test_the_law(float64, case):
     """Whatever a model does in its step: the weights of the large batch, and its own logs."""
     build, batch = own_models.LAW[case]
     plain, model = build(), ga.make_accumulating(build(), cases.STEPS, inplace=True)
-    windows = batches_of(batch, cases.PARTIAL)
+    windows = cases.batches_of(batch, cases.PARTIAL)
     theirs = fit(plain, map(cases.concatenate, windows))
     ours = fit(model, sum(windows, []))
     assert_same_weights(model, plain)
@@ -66,7 +60,7 @@ def test_every_way_to_run_a_step(float64, case, how):
         models.append(model)
     plain, model = models
     ga.make_accumulating(model, cases.STEPS, inplace=True)
-    windows = batches_of(batch, cases.PARTIAL)
+    windows = cases.batches_of(batch, cases.PARTIAL)
     fit(plain, map(cases.concatenate, windows))
     fit(model, sum(windows, []))
     assert_same_weights(model, plain)
@@ -78,7 +72,7 @@ def test_a_moving_average_moves_with_the_weights(float64):
     """`tf.train.ExponentialMovingAverage` in a step, before its optimizer or after it."""
     build, batch = own_models.LAW["moving average"]
     plain, model = build(), ga.make_accumulating(build(), cases.STEPS, inplace=True)
-    windows = batches_of(batch, cases.PARTIAL)
+    windows = cases.batches_of(batch, cases.PARTIAL)
     fit(plain, map(cases.concatenate, windows))
     fit(model, sum(windows, []))
     for ours, theirs in zip(model.trainable_variables, plain.trainable_variables):
@@ -92,7 +86,7 @@ def test_the_law_could_fail(float64):
     """The models of these tests move: two windows more, and the weights differ."""
     build, batch = own_models.LAW["minimize"]
     once, twice = build(), build()
-    windows = batches_of(batch, cases.PARTIAL)
+    windows = cases.batches_of(batch, cases.PARTIAL)
     fit(once, map(cases.concatenate, windows), epochs=1)
     fit(twice, map(cases.concatenate, windows), epochs=2)
     with pytest.raises(AssertionError):
@@ -103,7 +97,7 @@ def test_a_schedule_counts_the_updates_of_an_optimizer_without_a_count(float64):
     """An optimizer that is made of others, and has no `iterations`, has a schedule too."""
     build, batch = own_models.LAW["router of its own"]
     plain, model = build(), ga.make_accumulating(build(), {0: 1, 2: 3}, inplace=True)
-    windows = batches_of(batch, [[3], [2], [1, 2, 3], [2, 2]])
+    windows = cases.batches_of(batch, [[3], [2], [1, 2, 3], [2, 2]])
     fit(plain, map(cases.concatenate, windows), epochs=1)
     fit(model, sum(windows, []), epochs=1)
     assert_same_weights(model, plain)
@@ -114,7 +108,9 @@ def test_each_optimizer_counts_its_own_micro_batches(float64):
     plain = own_models.adversaries(own_models.Phases)
     model = own_models.adversaries(own_models.Phases)
     ga.make_accumulating(model, 2, inplace=True)
-    batches = sum(batches_of(own_models.features, [[4, 1, 6, 2, 5, 3, 2, 4, 3, 1, 5, 2, 3, 3]]), [])
+    batches = sum(
+        cases.batches_of(own_models.features, [[4, 1, 6, 2, 5, 3, 2, 4, 3, 1, 5, 2, 3, 3]]), []
+    )
     for network in (plain.generator, plain.critic):
         network.build([None, 4])
     held = {0: [], 1: []}
@@ -152,7 +148,7 @@ def test_what_can_be_read_of_the_optimizer_is_true(float64):
             seen.append((int(optimizer.iterations), rate, slots, optimizer.get_config()))
             return result
 
-    windows = batches_of(own_models.regression, [[2, 2], [2, 2], [3, 1]])
+    windows = cases.batches_of(own_models.regression, [[2, 2], [2, 2], [3, 1]])
     reads = []
     for convert in (False, True):
         seen = []

@@ -489,6 +489,20 @@ def test_files_that_name_a_class_by_its_bare_name(tmp_path):
     assert type(tf_keras.models.clone_model(model)) is type(model)
 
 
+class OwnSave(own_models.TwoLayers):
+    def save(self, path, note, with_weights=True):
+        self.saved = (path, note, with_weights)
+
+
+def test_a_save_of_its_own():
+    """Its arguments are its own."""
+    model = ga.make_accumulating(OwnSave(), 2, inplace=True)
+    model.save("somewhere", "a note", with_weights=False)
+    assert model.saved == ("somewhere", "a note", False)
+    model.save(path="somewhere", note="a note")
+    assert model.saved == ("somewhere", "a note", True)
+
+
 def test_a_class_that_is_not_known_is_named(tmp_path):
     """Loading says which class is missing and how to pass it."""
 

@@ -309,7 +309,10 @@ def test_the_class_of_a_converted_model_makes_models_that_train(tmp_path, name):
     for make in makers:
         other = make()
         other.compile("adam", run_eagerly=True)
+        before = other.get_weights()
         other.train_on_batch(batch)
+        assert int(other.optimizer.iterations) == 1
+        assert any(np.any(old != new) for old, new in zip(before, other.get_weights()))
 
 
 @pytest.mark.parametrize("file", ["w.h5", "w.weights.h5", "checkpoint"])
