@@ -309,6 +309,7 @@ def test_the_class_of_a_converted_model_makes_models_that_train(tmp_path, name):
     for make in makers:
         other = make()
         other.compile("adam", run_eagerly=True)
+        other.test_on_batch(batch)  # builds what has no weights yet
         before = other.get_weights()
         other.train_on_batch(batch)
         assert int(other.optimizer.iterations) == 1
