@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -12,6 +12,7 @@ import tf_keras
 from ga_transform import _keras
 from ga_transform.errors import REMEDY_OF_COPY as REMEDY
 from ga_transform.errors import not_copied
+from ga_transform.optimizer_state import copy_optimizer_state
 
 __all__ = ["UNFIT", "compile_like", "copy_training_state"]
 
@@ -115,7 +116,7 @@ def copy_training_state(model: Any, copy: Any) -> None:
     if [type(item) for item in optimizers] != [type(item) for item in own_optimizers]:
         raise not_copied(model, "its compile makes other optimizers")
     for optimizer, own in zip(optimizers, own_optimizers):
-        _copy_optimizer_state(optimizer, own, own_variables)
+        copy_optimizer_state(optimizer, own, own_variables)
 
 
 def _clone_by_config(item: Any) -> Any:
@@ -156,73 +157,3 @@ def _name_given(container: Any, metric: Any) -> str:
             taken = {other._name for other in unweighted if other is not None}
             return short if f"{output}_{short}" in taken else name[len(f"{output}_") :]
     return name
-
-
-# ---- optimizer -----------------------------------------------------------------------------
-
-
-def _copy_optimizer_state(optimizer: Any, own: Any, own_variables: dict[Any, Any]) -> None:
-    """Iterations, slots and whatever else an optimizer has gathered.
-
-    Args:
-        optimizer: Any optimizer of tf_keras, new, legacy or wrapped for loss scaling.
-        own: Its copy, not built yet.
-        own_variables: By reference, the copies of the variables that it trains.
-    """
-    scale, own_scale = (getattr(item, "_loss_scale", None) for item in (optimizer, own))
-    if hasattr(scale, "current_loss_scale"):
-        own_scale.current_loss_scale.assign(scale.current_loss_scale)  # type: ignore[union-attr]
-        own_scale.counter.assign(scale.counter)  # type: ignore[union-attr]
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    own = getattr(own, "inner_optimizer", own)
-
-    by_key = {
-        _keras.variable_key(optimizer, reference.deref()): variable
-        for reference, variable in own_variables.items()
-    }
-    if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
-        state = optimizer.weights
-        if state:
-            own.iterations.assign(optimizer.iterations)
-        if optimizer._slots:
-            own._create_all_weights(_in_order(optimizer._slots, by_key))
-        own.gradient_transformers = optimizer.gradient_transformers
-        own.gradient_aggregator = optimizer.gradient_aggregator
-        own_state = own.weights
-    else:
-        excluded = getattr(optimizer, "_exclude_from_weight_decay", None)
-        if excluded is not None:
-            own._exclude_from_weight_decay = [own._var_key(by_key[key]) for key in excluded]
-        if hasattr(optimizer, "_exclude_from_weight_decay_names"):
-            own._exclude_from_weight_decay_names = optimizer._exclude_from_weight_decay_names
-        if getattr(optimizer, "_built", False):
-            order = sorted(optimizer._index_dict, key=optimizer._index_dict.get)
-            own.build(_in_order(order, by_key))
-        # Some variables (a schedule's latest value, Nadam's product) are in no list.
-        state = [*optimizer.variables, *_variable_attributes(optimizer)]
-        own_state = [*own.variables, *_variable_attributes(own)]
-    if len(state) != len(own_state):
-        raise ValueError(
-            f"A model must have an optimizer that its config describes to be copied; got "
-            f"{type(optimizer).__name__} with {len(state)} variables, {len(own_state)} after "
-            f"cloning. {REMEDY}"
-        )
-    for variable, own_variable in zip(state, own_state):
-        own_variable.assign(variable)
-
-
-def _in_order(keys: Iterable[str], by_key: dict[str, Any]) -> list[Any]:
-    """The copies of the variables that an optimizer has built slots for."""
-    keys = list(keys)
-    foreign = [key for key in keys if key not in by_key]
-    if foreign:
-        raise ValueError(
-            f"A model must have its optimizer to itself to be copied; got one that also trains "
-            f"{foreign[0]!r}. {REMEDY}"
-        )
-    return [by_key[key] for key in keys]
-
-
-def _variable_attributes(optimizer: Any) -> list[tf.Variable]:
-    items = sorted(vars(optimizer).items())
-    return [value for _, value in items if isinstance(value, tf.Variable)]
