@@ -54,6 +54,7 @@ __all__ = [
     "optimizers_of",
     "optimizers_within",
     "output_layers",
+    "positions_of",
     "register_as",
     "shared_by_replicas",
     "unpack_x_y_sample_weight",
@@ -202,6 +203,16 @@ def weights_of(model: Any) -> list[Any]:
         return list(model.weights)
     except ValueError:
         return []
+
+
+def positions_of(model: Any) -> dict[Any, int]:
+    """By reference, where variables stand among a model's weights."""
+    weights = weights_of(model)
+    return {
+        weight.ref(): position
+        for position, weight in enumerate(weights)
+        if isinstance(weight, tf.Variable)
+    }
 
 
 def forget_traces(model: Any) -> None:

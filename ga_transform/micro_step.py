@@ -15,12 +15,13 @@ import tensorflow as tf
 
 from ga_transform import _keras
 from ga_transform.diversion import divert, running
+from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses
 from ga_transform.numerics import Gradient, added, map_values, widened
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Share, Window
 from ga_transform.weighting import Weighting
-from ga_transform.windows import Turn, Windows
+from ga_transform.windows import Windows
 
 if TYPE_CHECKING:
     from typing_extensions import Self

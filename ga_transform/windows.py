@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,16 +14,14 @@ from ga_transform import _keras
 from ga_transform.chain import Chain
 from ga_transform.diversion import running, undiverted
 from ga_transform.errors import InexactWarning
+from ga_transform.layouts import Call, StateLayout, Turn, WindowLayout, plain_call
 from ga_transform.neighbours import couplings_of, pass_counters_of
 from ga_transform.numerics import Gradient
 from ga_transform.specs import Accumulate
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Update, Window
 
-__all__ = ["Turn", "Windows"]
-
-#: A call of an optimizer in a step: the functions it stands in, and how many were before it there.
-Turn = tuple[Union[str, int], ...]
+__all__ = ["Windows"]
 
 
 class Windows(_keras.AutoTrackable):  # type: ignore[misc]
@@ -40,6 +39,8 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self._model = self._no_dependency(weakref.ref(model))
         self._windows = self._no_dependency({})
         self._updates = self._no_dependency({})
+        #: How each optimizer is called, where that can be written down.
+        self._calls: dict[tuple[int, Turn], Optional[Call]] = self._no_dependency({})
         self._flushes = self._no_dependency({})
         self._followers = self._no_dependency({})
         with tf.init_scope():
@@ -50,6 +51,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         #: Whether a step of the model has come here.
         self.has_stepped = False
         self._warned = self._no_dependency(set())
+        self.layout = _Layout(self)  # checkpointed under this name
         optimizers = _keras.optimizers_of(model)
         self._optimizers = frozenset(map(id, optimizers))
         for optimizer in optimizers:
@@ -81,9 +83,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
     @property
     def pending(self) -> int:
         """The micro-batches of the fullest window."""
-        with tf.init_scope():  # also while a function is traced
-            counts = [int(window.micro_batches.numpy()) for window in self._windows.values()]
-        return max(counts, default=0)
+        return max((window.holds for window in self._windows.values()), default=0)
 
     def is_begun(self) -> tf.Tensor:
         """Whether any window holds micro-batches. Shape: scalar, bool."""
@@ -117,7 +117,9 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         key = (id(optimizer), turn)
         if key not in self._windows:
             window = Window(self.accumulate.steps, keep_sparse=not self._jit_compile)
-            setattr(self, f"window_{len(self._windows)}", window)  # checkpointed under this name
+            place = self._places().get(id(optimizer), "new")
+            name = "_".join(map(str, ("window", place, *turn)))
+            setattr(self, name, window)  # checkpointed under this name
             self._windows[key] = window
         return self._windows[key]  # type: ignore[no-any-return]
 
@@ -148,6 +150,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 undiverted(optimizer)(handed, *args, **kwargs)
 
         self._updates[id(optimizer), turn] = update
+        self._calls[id(optimizer), turn] = plain_call(args, kwargs)
         return update
 
     def follow(self, window: Window, follower: Any, action: Callable[[], Any]) -> None:
@@ -175,12 +178,13 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
     def flush(self) -> None:
         """Make the updates of partial windows."""
         for key, window in self._windows.items():
-            if not int(window.micro_batches.numpy()):
+            if not window.holds:
                 continue
             if key not in self._updates:
                 raise RuntimeError(
                     f"flush must follow a training step; got {self.pending} micro-batches that "
-                    "were restored before any. Train on a batch first, or call discard()."
+                    "were restored before any, and an update that a step must show. Train on a "
+                    "batch first, or call discard()."
                 )
             if key not in self._flushes:
                 self._flushes[key] = self._flush_function(window, self._updates[key])
@@ -202,11 +206,82 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         for window in self._windows.values():
             window.discard()
 
+    # ---- in files --------------------------------------------------------------------------
+
+    def written(self) -> list[WindowLayout]:
+        """The layouts of the windows, but for those that train what is no weight of the model."""
+        places, positions = self._places(), _keras.positions_of(self._model())
+        layouts = []
+        for key, window in self._windows.items():
+            place, (_, turn), books = places.get(key[0]), key, window.layout(positions)
+            # What follows an update is known when a step has been traced.
+            call = None if self._followers.get(id(window)) else self._calls.get(key)
+            if place is not None and books is not None:
+                layouts.append(WindowLayout(place, turn, call, books))
+        return layouts
+
+    def arrange(self, layouts: Sequence[WindowLayout]) -> bool:
+        """Make the windows of layouts and the sums in them; all others hold nothing.
+
+        Returns:
+            Whether the model has the optimizers and the weights that they name, which a model
+            that is not built has not. Else nothing changes.
+        """
+        model = self._model()
+        optimizers, weights = _keras.optimizers_within(model), _keras.weights_of(model)
+        for layout in layouts:
+            sums = [each for book in layout.books.values() for each in book]
+            if layout.optimizer >= len(optimizers):
+                return False
+            if any(each.position >= len(weights) for each in sums):
+                return False
+            if self._jit_compile and any(each.is_sparse for each in sums):
+                return False
+        named = set()
+        for layout in layouts:
+            optimizer = optimizers[layout.optimizer]
+            key = id(optimizer), layout.turn
+            named.add(key)
+            self.open(optimizer, layout.turn).arrange(layout.books, weights)
+            if layout.call is not None and key not in self._updates:
+                self.update_of(optimizer, layout.turn, *layout.call)
+        for key in self._windows.keys() - named:
+            self._windows[key].discard()
+        return True
+
+    def state(self, layouts: Sequence[WindowLayout]) -> list[tf.Variable]:
+        """The variables in the order of layouts that are arranged."""
+        model = self._model()
+        optimizers, weights = _keras.optimizers_within(model), _keras.weights_of(model)
+        windows = [self.open(optimizers[each.optimizer], each.turn) for each in layouts]
+        states = [window.state(each.books, weights) for window, each in zip(windows, layouts)]
+        return [variable for state in states for variable in state]
+
+    def _places(self) -> dict[int, int]:
+        """By identity, the optimizers' places in the model."""
+        optimizers = _keras.optimizers_within(self._model())
+        return {id(optimizer): place for place, optimizer in enumerate(optimizers)}
+
+    # ----------------------------------------------------------------------------------------
+
     def warn_once(self, about: str, text: str) -> None:
         """Say what cannot be exact, the first time that it is about this."""
         if about not in self._warned:
             self._warned.add(about)
             warnings.warn(text, InexactWarning, stacklevel=2)
+
+
+class _Layout(tf.train.experimental.PythonState):  # type: ignore[misc]
+    """In a checkpoint, what has windows made before their values are restored."""
+
+    def __init__(self, windows: Windows) -> None:
+        self._windows = windows
+
+    def serialize(self) -> str:
+        return json.dumps(StateLayout(self._windows.written()).to_config())
+
+    def deserialize(self, text: Union[bytes, str]) -> None:
+        self._windows.arrange(StateLayout.from_config(json.loads(text)).windows)
 
 
 def _as_handed(gradient: Gradient, dtype: tf.DType) -> Gradient:

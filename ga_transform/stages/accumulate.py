@@ -7,13 +7,14 @@ gradient on the way to the optimizer, without storing anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Optional, Union
 
 import tensorflow as tf
 
 from ga_transform._keras import AutoTrackable
+from ga_transform.layouts import SumLayout
 from ga_transform.loss_terms import MEAN
 from ga_transform.numerics import (
     Gradient,
@@ -63,6 +64,12 @@ class Window(AutoTrackable):  # type: ignore[misc]
             self.reference = tf.Variable(0, trainable=False, dtype=tf.float64)
             if len(self._steps) > 1:
                 self.updates = tf.Variable(0, trainable=False, dtype=tf.int64)
+
+    @property
+    def holds(self) -> int:
+        """The micro-batches that are stored, also while a function is traced."""
+        with tf.init_scope():
+            return int(self.micro_batches.numpy())
 
     @property
     def is_single(self) -> bool:
@@ -162,6 +169,51 @@ class Window(AutoTrackable):  # type: ignore[misc]
         """Forget what the window holds."""
         self.micro_batches.assign(0)
 
+    # ---- in files --------------------------------------------------------------------------
+
+    def layout(self, positions: Mapping[Any, int]) -> Optional[dict[str, list[SumLayout]]]:
+        """By kind, the sums that are stored; none where the window holds no micro-batch.
+
+        Args:
+            positions: By reference, where the variables stand among the model's weights.
+
+        Returns:
+            None, if one of the variables has no position.
+        """
+        if not self.holds:
+            return {}
+        books = {kind: book.layout(positions) for kind, book in self._books.items()}
+        return None if None in books.values() else books
+
+    def arrange(self, layout: Mapping[str, Sequence[SumLayout]], weights: Sequence[Any]) -> None:
+        """Make the sums of a layout, for values that are to be restored.
+
+        Args:
+            layout: As the method of that name returned.
+            weights: The model's weights, in the order of the layout's positions.
+        """
+        for kind, sums in layout.items():
+            self._book(kind).arrange(sums, weights)
+
+    def state(
+        self, layout: Mapping[str, Sequence[SumLayout]], weights: Sequence[Any]
+    ) -> list[tf.Variable]:
+        """The variables in the order of a layout."""
+        counts = [self.micro_batches, self.reference]
+        if len(self._steps) > 1:
+            counts.append(self.updates)
+        books = [self._books[kind].state(sums, weights) for kind, sums in layout.items()]
+        return counts + [variable for book in books for variable in book]
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        # An empty window's sums are what the next one writes over: no checkpoint carries them.
+        children: dict[str, Any] = super()._trackable_children(save_type, **kwargs)
+        if self.holds:
+            return children
+        return {name: child for name, child in children.items() if not isinstance(child, _Book)}
+
+    # ----------------------------------------------------------------------------------------
+
     def _steps_at(self, iterations: Any) -> tf.Tensor:
         if len(self._steps) == 1:
             return tf.constant(self._steps[0], tf.int64)
@@ -177,11 +229,13 @@ class Window(AutoTrackable):  # type: ignore[misc]
         Returns:
             Whether the book has been in use without one of them.
         """
-        book = self._books.get(share.kind)
-        if book is None:
-            book = self._books[share.kind] = _Book(share.kind)
-            setattr(self, f"{share.kind}_book", book)  # checkpointed under this name
-        return bool(book.open(share, variables, self._keep_sparse))
+        return bool(self._book(share.kind).open(share, variables, self._keep_sparse))
+
+    def _book(self, kind: str) -> _Book:
+        if kind not in self._books:
+            self._books[kind] = _Book(kind)
+            setattr(self, f"{kind}_book", self._books[kind])  # checkpointed under this name
+        return self._books[kind]  # type: ignore[no-any-return]
 
 
 class _Book(AutoTrackable):  # type: ignore[misc]
@@ -208,14 +262,12 @@ class _Book(AutoTrackable):  # type: ignore[misc]
             if reference in self._sums:
                 continue
             gradient = share.gradients.get(reference)
-            sparse = keep_sparse and isinstance(gradient, tf.IndexedSlices)
-            dtype = widened(variable if gradient is None else gradient).dtype
-            with tf.init_scope():
-                new = (_SparseSum if sparse else _DenseSum)(variable.shape, dtype)
-            setattr(self, f"sum_{len(self._sums)}", new)  # checkpointed under this name
-            self._sums[reference] = new
-            if gradient is None:
-                self._idle.add(reference)
+            self._make_sum(
+                variable,
+                widened(variable if gradient is None else gradient).dtype,
+                is_sparse=keep_sparse and isinstance(gradient, tf.IndexedSlices),
+                is_idle=gradient is None,
+            )
         woken = self._idle & share.gradients.keys()
         self._idle.difference_update(woken)
         return bool(woken)
@@ -244,12 +296,53 @@ class _Book(AutoTrackable):  # type: ignore[misc]
         weight = self.weight.read_value()
         return Share(self.kind, gradients, weight if latest is None else weight + latest.weight)
 
+    def layout(self, positions: Mapping[Any, int]) -> Optional[list[SumLayout]]:
+        """Where the sums belong; None, if it cannot be said of one of them."""
+        if not self._sums.keys() <= positions.keys():
+            return None
+        return [
+            SumLayout(
+                positions[reference],
+                stored.values.dtype.name,
+                isinstance(stored, _SparseSum),
+                reference in self._idle,
+            )
+            for reference, stored in self._sums.items()
+        ]
+
+    def arrange(self, sums: Iterable[SumLayout], weights: Sequence[Any]) -> None:
+        """Make the sums that there are not yet."""
+        for position, dtype, is_sparse, is_idle in sums:
+            variable = weights[position]
+            if variable.ref() not in self._sums:
+                self._make_sum(variable, tf.as_dtype(dtype), is_sparse=is_sparse, is_idle=is_idle)
+            elif not is_idle:
+                self._idle.discard(variable.ref())
+
+    def state(self, sums: Iterable[SumLayout], weights: Sequence[Any]) -> list[tf.Variable]:
+        """The variables in the order of a layout."""
+        stored = [self._sums[weights[each.position].ref()] for each in sums]
+        return [self.weight, *(variable for each in stored for variable in each.state())]
+
+    def _make_sum(
+        self, variable: tf.Variable, dtype: tf.DType, *, is_sparse: bool, is_idle: bool
+    ) -> None:
+        with tf.init_scope():
+            made = (_SparseSum if is_sparse else _DenseSum)(variable.shape, dtype)
+        setattr(self, f"sum_{len(self._sums)}", made)  # checkpointed under this name
+        self._sums[variable.ref()] = made
+        if is_idle:
+            self._idle.add(variable.ref())
+
 
 class _DenseSum(AutoTrackable):  # type: ignore[misc]
     """A sum of gradients of a variable's whole shape."""
 
     def __init__(self, shape: tf.TensorShape, dtype: tf.DType) -> None:
         self.values = tf.Variable(tf.zeros(shape, dtype), trainable=False)
+
+    def state(self) -> list[tf.Variable]:
+        return [self.values]
 
     def clear(self) -> None:
         self.values.assign(tf.zeros_like(self.values))
@@ -282,6 +375,9 @@ class _SparseSum(AutoTrackable):  # type: ignore[misc]
         self._dense_shape = tuple(shape)
         self.values = tf.Variable(tf.zeros([0, *row], dtype), trainable=False, shape=[None, *row])
         self.rows = tf.Variable(tf.zeros([0], tf.int64), trainable=False, shape=[None])
+
+    def state(self) -> list[tf.Variable]:
+        return [self.values, self.rows]
 
     def clear(self) -> None:
         self._write(self.values[:0], self.rows[:0])

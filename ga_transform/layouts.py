@@ -1,0 +1,182 @@
+"""Layouts: where the state of a training belongs, in JSON's types.
+
+A layout names optimizers and weights by their places in the model, so that another process can
+make the variables anew before it restores their values. What a file says is checked word by word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, Optional, TypeVar, Union
+
+from ga_transform.errors import shown
+from ga_transform.loss_terms import MEAN, SUM
+
+__all__ = [
+    "Call",
+    "OptimizerLayout",
+    "StateLayout",
+    "SumLayout",
+    "Turn",
+    "WindowLayout",
+    "plain_call",
+]
+
+Item = TypeVar("Item")
+
+#: A call of an optimizer in a step: the functions it stands in, and how many were before it there.
+Turn = tuple[Union[str, int], ...]
+#: What `apply_gradients` is given beside the gradients: by position, and by name.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+_VERSION = 1
+
+
+class SumLayout(NamedTuple):
+    """The sum of a variable's gradients."""
+
+    #: Of the variable, among the model's weights.
+    position: int
+    dtype: str
+    is_sparse: bool
+    #: Whether no gradient has come so far.
+    is_idle: bool
+
+    @classmethod
+    def read(cls, config: Any) -> SumLayout:
+        """From JSON's types, checked."""
+        position, dtype, is_sparse, is_idle = _list(config, _as_it_is, 4)
+        if dtype not in ("float32", "float64"):
+            _refuse("a sum must be of float32 or float64", dtype)
+        return cls(_count(position), dtype, _flag(is_sparse), _flag(is_idle))
+
+
+class WindowLayout(NamedTuple):
+    """A window, with the sums that it holds."""
+
+    #: Among the model's optimizers.
+    optimizer: int
+    turn: Turn
+    #: None where a flush cannot be made before a step has shown how.
+    call: Optional[Call]
+    #: By kind of loss; none where it holds no micro-batch.
+    books: dict[str, list[SumLayout]]
+
+    @classmethod
+    def read(cls, config: Any) -> WindowLayout:
+        """From JSON's types, checked."""
+        optimizer, turn, call, books = _list(config, _as_it_is, 4)
+        if not isinstance(books, Mapping) or not set(books) <= {MEAN, SUM}:
+            _refuse(f"a window must hold books of kinds {MEAN} and {SUM}", books)
+        return cls(
+            _count(optimizer),
+            tuple(_list(turn, _word_or_count)),
+            None if call is None else _call(call),
+            {kind: _list(sums, SumLayout.read) for kind, sums in books.items()},
+        )
+
+
+class OptimizerLayout(NamedTuple):
+    """An optimizer, with the variables that go with it."""
+
+    #: Among the model's optimizers.
+    optimizer: int
+    class_name: str
+    #: The positions of the weights that it has slots for, in its order.
+    built_for: list[int]
+    #: How many variables.
+    variables: int
+
+    @classmethod
+    def read(cls, config: Any) -> OptimizerLayout:
+        """From JSON's types, checked."""
+        optimizer, class_name, built_for, variables = _list(config, _as_it_is, 4)
+        if not isinstance(class_name, str):
+            _refuse("an optimizer's class must be a name", class_name)
+        return cls(_count(optimizer), class_name, _list(built_for, _count), _count(variables))
+
+
+class StateLayout(NamedTuple):
+    """The windows and the optimizers of a model."""
+
+    windows: list[WindowLayout]
+    optimizers: Sequence[OptimizerLayout] = ()
+    #: Micro-batches that the file has no room for.
+    dropped: int = 0
+
+    def to_config(self) -> dict[str, Any]:
+        """In JSON's types, with a version."""
+        return {"version": _VERSION, **self._asdict()}
+
+    @classmethod
+    def from_config(cls, config: Any) -> StateLayout:
+        """From JSON's types.
+
+        Raises:
+            ValueError: It is not what `to_config` returns, or of a later version.
+        """
+        if not isinstance(config, Mapping) or set(config) != {"version", *cls._fields}:
+            _refuse("it must hold a version, windows, optimizers and what was dropped", config)
+        version = config["version"]
+        if _count(version) > _VERSION:
+            raise ValueError(
+                f"A saved training state must be of version {_VERSION} at most; got {version}. "
+                "Load it with the later ga_transform that wrote it."
+            )
+        return cls(
+            _list(config["windows"], WindowLayout.read),
+            _list(config["optimizers"], OptimizerLayout.read),
+            _count(config["dropped"]),
+        )
+
+
+def _refuse(rule: str, value: object) -> NoReturn:
+    raise ValueError(
+        f"A saved training state must be as it was written: {rule}; got {shown(value)}. Save the "
+        "model again, or load another copy of the file."
+    )
+
+
+def _list(value: Any, read: Callable[[Any], Item], length: Optional[int] = None) -> list[Item]:
+    if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
+        _refuse("a list" if length is None else f"a list of {length} is expected", value)
+    return [read(item) for item in value]
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        _refuse("an int >= 0 is expected", value)
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        _refuse("true or false is expected", value)
+    return value
+
+
+def _word_or_count(value: Any) -> Union[str, int]:
+    return value if isinstance(value, str) else _count(value)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _call(value: Any) -> Call:
+    args, kwargs = _list(value, _as_it_is, 2)
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        _refuse("arguments by name are expected", kwargs)
+    for item in (*_list(args, _as_it_is), *kwargs.values()):
+        if not _is_plain(item):
+            _refuse("arguments must be words and numbers", item)
+    return tuple(args), dict(kwargs)
+
+
+def plain_call(args: Any, kwargs: Any) -> Optional[Call]:
+    """The arguments of a call, if they are such that a file can hold them."""
+    return (tuple(args), dict(kwargs)) if all(map(_is_plain, (*args, *kwargs.values()))) else None
