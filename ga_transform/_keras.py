@@ -48,6 +48,7 @@ __all__ = [
     "is_function",
     "is_keras_own",
     "is_loop",
+    "is_of_keras",
     "is_on_one_device",
     "is_optimizer",
     "is_symbolic",
@@ -139,9 +140,14 @@ def _items(value: Any) -> Iterator[Any]:
 
 def is_optimizer(item: Any) -> bool:
     """Whether an object is an optimizer of tf_keras, or can be called like one."""
-    if isinstance(item, _OPTIMIZERS):
+    if is_of_keras(item):
         return True
     return callable(getattr(type(item), "apply_gradients", None)) and not isinstance(item, Layer)
+
+
+def is_of_keras(optimizer: Any) -> bool:
+    """Whether an optimizer is of a class of tf_keras, or derived from one."""
+    return isinstance(optimizer, _OPTIMIZERS)
 
 
 def has_own_gradients(optimizer: Any) -> bool:

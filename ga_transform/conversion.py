@@ -21,9 +21,9 @@ from ga_transform.models import (
     AccumulatingModel,
     become_accumulating,
     become_plain,
-    plain_class_of,
     taken_names,
 )
+from ga_transform.plain import plain_class_of
 from ga_transform.shorthands import chain_of
 from ga_transform.specs import Accumulate, BatchNorm, ClipByAGC, Precision, Transform
 from ga_transform.stages import check_stages

@@ -7,7 +7,7 @@ make the variables anew before it restores their values. What a file says is che
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, Optional, TypeVar, Union
+from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 from ga_transform.errors import shown
 from ga_transform.loss_terms import MEAN, SUM
@@ -19,6 +19,7 @@ __all__ = [
     "SumLayout",
     "Turn",
     "WindowLayout",
+    "not_as_written",
     "plain_call",
 ]
 
@@ -47,7 +48,7 @@ class SumLayout(NamedTuple):
         """From JSON's types, checked."""
         position, dtype, is_sparse, is_idle = _list(config, _as_it_is, 4)
         if dtype not in ("float32", "float64"):
-            _refuse("a sum must be of float32 or float64", dtype)
+            raise not_as_written("a sum must be of float32 or float64", dtype)
         return cls(_count(position), dtype, _flag(is_sparse), _flag(is_idle))
 
 
@@ -67,7 +68,7 @@ class WindowLayout(NamedTuple):
         """From JSON's types, checked."""
         optimizer, turn, call, books = _list(config, _as_it_is, 4)
         if not isinstance(books, Mapping) or not set(books) <= {MEAN, SUM}:
-            _refuse(f"a window must hold books of kinds {MEAN} and {SUM}", books)
+            raise not_as_written(f"a window must hold books of kinds {MEAN} and {SUM}", books)
         return cls(
             _count(optimizer),
             tuple(_list(turn, _word_or_count)),
@@ -92,7 +93,7 @@ class OptimizerLayout(NamedTuple):
         """From JSON's types, checked."""
         optimizer, class_name, built_for, variables = _list(config, _as_it_is, 4)
         if not isinstance(class_name, str):
-            _refuse("an optimizer's class must be a name", class_name)
+            raise not_as_written("an optimizer's class must be a name", class_name)
         return cls(_count(optimizer), class_name, _list(built_for, _count), _count(variables))
 
 
@@ -101,8 +102,8 @@ class StateLayout(NamedTuple):
 
     windows: list[WindowLayout]
     optimizers: Sequence[OptimizerLayout] = ()
-    #: Micro-batches that the file has no room for.
-    dropped: int = 0
+    #: The micro-batches of the fullest window, be it written or not.
+    pending: int = 0
 
     def to_config(self) -> dict[str, Any]:
         """In JSON's types, with a version."""
@@ -116,7 +117,7 @@ class StateLayout(NamedTuple):
             ValueError: It is not what `to_config` returns, or of a later version.
         """
         if not isinstance(config, Mapping) or set(config) != {"version", *cls._fields}:
-            _refuse("it must hold a version, windows, optimizers and what was dropped", config)
+            raise not_as_written("a version, windows, optimizers and a count are expected", config)
         version = config["version"]
         if _count(version) > _VERSION:
             raise ValueError(
@@ -126,12 +127,13 @@ class StateLayout(NamedTuple):
         return cls(
             _list(config["windows"], WindowLayout.read),
             _list(config["optimizers"], OptimizerLayout.read),
-            _count(config["dropped"]),
+            _count(config["pending"]),
         )
 
 
-def _refuse(rule: str, value: object) -> NoReturn:
-    raise ValueError(
+def not_as_written(rule: str, value: object) -> ValueError:
+    """What is read is no training state, or not a whole one."""
+    return ValueError(
         f"A saved training state must be as it was written: {rule}; got {shown(value)}. Save the "
         "model again, or load another copy of the file."
     )
@@ -139,19 +141,21 @@ def _refuse(rule: str, value: object) -> NoReturn:
 
 def _list(value: Any, read: Callable[[Any], Item], length: Optional[int] = None) -> list[Item]:
     if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
-        _refuse("a list" if length is None else f"a list of {length} is expected", value)
+        raise not_as_written(
+            "a list" if length is None else f"a list of {length} is expected", value
+        )
     return [read(item) for item in value]
 
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        _refuse("an int >= 0 is expected", value)
+        raise not_as_written("an int >= 0 is expected", value)
     return value
 
 
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
-        _refuse("true or false is expected", value)
+        raise not_as_written("true or false is expected", value)
     return value
 
 
@@ -170,10 +174,10 @@ def _is_plain(value: Any) -> bool:
 def _call(value: Any) -> Call:
     args, kwargs = _list(value, _as_it_is, 2)
     if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
-        _refuse("arguments by name are expected", kwargs)
+        raise not_as_written("arguments by name are expected", kwargs)
     for item in (*_list(args, _as_it_is), *kwargs.values()):
         if not _is_plain(item):
-            _refuse("arguments must be words and numbers", item)
+            raise not_as_written("arguments must be words and numbers", item)
     return tuple(args), dict(kwargs)
 
 

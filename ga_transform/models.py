@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tf_keras
@@ -16,16 +16,16 @@ from ga_transform.chain import Chain
 from ga_transform.diversion import release
 from ga_transform.loss_terms import stop_recording
 from ga_transform.neighbours import WRITERS_OF_CLASS
+from ga_transform.persistence import Persistent
+from ga_transform.plain import as_plain, class_behind, plain_class_of
 from ga_transform.training import Accumulating
 
 __all__ = [
     "AccumulatingFunctional",
     "AccumulatingModel",
     "AccumulatingSequential",
-    "as_plain",
     "become_accumulating",
     "become_plain",
-    "plain_class_of",
     "taken_names",
 ]
 
@@ -35,16 +35,13 @@ _OWN_METHODS = ("train_step", "fit")
 _PUBLIC_NAMES = ("transforms", "pending_micro_batches", "flush", "discard")
 
 
-class AccumulatingModel(Accumulating):
+class AccumulatingModel(Persistent, Accumulating):
     """A converted model of any class: `isinstance(model, AccumulatingModel)` tells one.
 
     The config of one of the user's own class holds the plain model's, and the chain. One
     registered name stands for all of these, so that a process that has converted nothing yet
     can load them.
     """
-
-    #: Of the base, which stands behind the mixin.
-    name: str
 
     def get_config(self) -> dict[str, Any]:
         """The class and the config of the plain model, with the chain."""
@@ -58,13 +55,13 @@ class AccumulatingModel(Accumulating):
                 "registered_name": tf_keras.utils.get_registered_name(plain_class),
                 "config": config,
             },
-            "transforms": self._accumulating_chain.to_config(),
+            **self._config_beside(),
         }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
         """A converted model from a config that `get_config` gave."""
-        behind: Any = _class_behind(cls)
+        behind: Any = class_behind(cls)
         if "model" not in config:  # one of the plain model's own
             return behind.from_config(config)
         inner = config["model"]
@@ -72,7 +69,11 @@ class AccumulatingModel(Accumulating):
             known = behind if behind.__name__ == inner["class_name"] else _class_in(inner)
             model = known.from_config(dict(inner["config"]))
         become_accumulating(model, Chain.from_config(config["transforms"]))
+        model._keep_of_config(config)
         return model
+
+    def _config_beside(self) -> dict[str, Any]:
+        return {"transforms": self._accumulating_chain.to_config(), **self._config_of_training()}
 
     @property
     def _trackable_saved_model_saver(self) -> Any:
@@ -97,15 +98,17 @@ class _AccumulatingNetwork(AccumulatingModel):
     def get_config(self) -> dict[str, Any]:
         """The config of the base, with the chain."""
         config = super(Accumulating, self).get_config()  # type: ignore[misc]
-        return {**config, "transforms": self._accumulating_chain.to_config()}
+        return {**config, **self._config_beside()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
         """A converted model from a config that `get_config` gave."""
         rest = dict(config)
+        rest.pop("training", None)
         chain = Chain.from_config(rest.pop("transforms", None))
         model = super(Accumulating, cls).from_config(rest, custom_objects)  # type: ignore[misc]
         _set_chain(model, chain)
+        model._keep_of_config(config)
         return model
 
 
@@ -122,30 +125,6 @@ class _OwnClass(AccumulatingModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Nothing: the user's own is for their classes."""
-
-    def to_json(self, **kwargs: Any) -> str:
-        """The plain model's: JSON names a class by its bare name."""
-        self._warn_of_plain_file("JSON")
-        with as_plain(self):
-            return str(self.to_json(**kwargs))
-
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        """The model's own; as HDF5, which names a class by its bare name, the plain model."""
-        filepath = args[0] if args else kwargs.get("filepath")
-        save_format = args[2] if len(args) > 2 else kwargs.get("save_format")
-        if save_format != "h5" and (save_format or not str(filepath).endswith((".h5", ".hdf5"))):
-            super().save(*args, **kwargs)  # type: ignore[misc]
-            return
-        self._warn_of_plain_file("HDF5")
-        with as_plain(self):
-            self.save(*args, **kwargs)
-
-    def _warn_of_plain_file(self, kind: str) -> None:
-        warnings.warn(
-            f"{self.name}: {kind} holds the plain {plain_class_of(self).__name__}, without the "
-            "chain. Save as .keras to keep it, or convert what is loaded again.",
-            stacklevel=3,
-        )
 
 
 def become_accumulating(model: Any, chain: Chain) -> None:
@@ -180,26 +159,6 @@ def become_plain(model: Any) -> None:
     _keras.forget_traces(model)
 
 
-def plain_class_of(model: Any) -> type:
-    """The class that a model had before it was converted, or has."""
-    return _class_behind(type(model)) if isinstance(model, AccumulatingModel) else type(model)
-
-
-def _class_behind(converted_class: type) -> type:
-    return converted_class.__mro__[converted_class.__mro__.index(Accumulating) + 1]
-
-
-@contextlib.contextmanager
-def as_plain(model: Any) -> Iterator[None]:
-    """Have a converted model be of its own class for a while, for whoever writes that down."""
-    converted_class = type(model)
-    model.__class__ = plain_class_of(model)
-    try:
-        yield
-    finally:
-        model.__class__ = converted_class
-
-
 def taken_names(model: Any) -> frozenset[str]:
     """The public names of a converted model that a plain one uses itself."""
     missing = object()
@@ -222,12 +181,14 @@ _CLASSES: dict[tuple[type, frozenset[str]], type] = {
 }
 
 
-def _accumulating_class(base: type, taken: frozenset[str]) -> type:
+def _accumulating_class(base: Any, taken: frozenset[str]) -> type:
     if (base, taken) in _CLASSES:
         return _CLASSES[base, taken]
     namespace: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
     # What is the model's own stays so; None gives way to what is set on the object.
     namespace.update((name, inspect.getattr_static(base, name, None)) for name in taken)
+    if base.compile is not _keras.Model.compile:
+        namespace["compile"] = _with_arguments_of(base.compile, Persistent.compile)
     writers = [name for name in WRITERS_OF_CLASS if hasattr(base, name)]
     namespace.update((name, _written_as_plain(name)) for name in writers)
 
@@ -243,6 +204,16 @@ def _accumulating_class(base: type, taken: frozenset[str]) -> type:
     _keras.register_as(made, AccumulatingModel)
     _CLASSES[base, taken] = made
     return _CLASSES[base, taken]
+
+
+def _with_arguments_of(shown: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that shows the arguments and the docstring of another."""
+
+    @functools.wraps(shown)
+    def as_shown(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    return as_shown
 
 
 def _written_as_plain(name: str) -> Callable[..., Any]:

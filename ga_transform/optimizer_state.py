@@ -11,7 +11,15 @@ import tf_keras
 from ga_transform import _keras
 from ga_transform.errors import REMEDY_OF_COPY as REMEDY
 
-__all__ = ["beside_lists", "build_for", "copy_optimizer_state", "keys_built_for", "state_of"]
+__all__ = [
+    "beside_lists",
+    "build_for",
+    "copy_optimizer_state",
+    "is_legacy",
+    "keys_built_for",
+    "mend_set_weights",
+    "state_of",
+]
 
 
 def state_of(optimizer: Any) -> list[tf.Variable]:
@@ -36,7 +44,7 @@ def beside_lists(optimizer: Any) -> list[tf.Variable]:
 def keys_built_for(optimizer: Any) -> list[str]:
     """The keys of the variables that an optimizer has made slots for, in its order."""
     optimizer = _inner(optimizer)
-    if _is_legacy(optimizer):
+    if is_legacy(optimizer):
         return list(optimizer._slots)
     if not getattr(optimizer, "_built", False):
         return []
@@ -46,11 +54,18 @@ def keys_built_for(optimizer: Any) -> list[str]:
 def build_for(optimizer: Any, variables: Sequence[tf.Variable]) -> None:
     """Have an optimizer make its slots for variables, in their order, if it has none yet."""
     optimizer = _inner(optimizer)
-    if _is_legacy(optimizer):
+    if is_legacy(optimizer):
         if variables:
             optimizer._create_all_weights(variables)
     elif variables and not getattr(optimizer, "_built", False):
         optimizer.build(variables)
+
+
+def mend_set_weights(optimizer: Any) -> None:
+    """Have a wrapper for loss scaling take the weights that it gives: tf_keras's own cannot."""
+    inner = _inner(optimizer)
+    if inner is not optimizer and not is_legacy(optimizer):
+        optimizer.set_weights = inner.set_weights
 
 
 def copy_optimizer_state(optimizer: Any, own: Any, own_variables: dict[Any, Any]) -> None:
@@ -67,7 +82,7 @@ def copy_optimizer_state(optimizer: Any, own: Any, own_variables: dict[Any, Any]
         for reference, variable in own_variables.items()
     }
     build_for(own, _in_order(keys_built_for(optimizer), by_key))
-    if _is_legacy(inner):
+    if is_legacy(inner):
         if inner.weights:
             own_inner.iterations.assign(inner.iterations)  # made where it is first asked for
         own_inner.gradient_transformers = inner.gradient_transformers
@@ -96,13 +111,15 @@ def _inner(optimizer: Any) -> Any:
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
-def _is_legacy(optimizer: Any) -> bool:
+def is_legacy(optimizer: Any) -> bool:
+    """Whether an optimizer is a legacy one, or wraps one."""
+    optimizer = _inner(optimizer)
     return isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer)
 
 
 def _listed(optimizer: Any) -> list[tf.Variable]:
     optimizer = _inner(optimizer)
-    return list(optimizer.weights if _is_legacy(optimizer) else optimizer.variables)
+    return list(optimizer.weights if is_legacy(optimizer) else optimizer.variables)
 
 
 def _in_order(keys: Iterable[str], by_key: dict[str, Any]) -> list[Any]:

@@ -213,10 +213,10 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         places, positions = self._places(), _keras.positions_of(self._model())
         layouts = []
         for key, window in self._windows.items():
-            place, (_, turn), books = places.get(key[0]), key, window.layout(positions)
-            # What follows an update is known when a step has been traced.
-            call = None if self._followers.get(id(window)) else self._calls.get(key)
+            place, turn, books = places.get(key[0]), key[1], window.layout(positions)
             if place is not None and books is not None:
+                # What follows an update is known when a step has been traced.
+                call = None if self._followers.get(id(window)) else self._calls.get(key)
                 layouts.append(WindowLayout(place, turn, call, books))
         return layouts
 

@@ -1,0 +1,206 @@
+"""A snapshot: what a file must hold of a training beside what tf_keras keeps in it.
+
+That is the partial windows, and whatever the format loses of the optimizers. A snapshot is a
+layout and the values that belong there, which each format has its own place for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from ga_transform import _keras
+from ga_transform.layouts import OptimizerLayout, StateLayout, not_as_written
+from ga_transform.optimizer_state import build_for, keys_built_for
+from ga_transform.windows import Windows
+
+__all__ = ["Snapshot", "put_back", "take_snapshot"]
+
+
+#: Among a model's assets.
+_FOLDER = "ga_transform"
+
+
+class Snapshot(NamedTuple):
+    """The state of a training: where it belongs, and the values in that order."""
+
+    layout: StateLayout
+    #: Variables where it is taken, arrays or variables where it is read.
+    values: Sequence[Any]
+
+    # ---- in a folder, as the assets of a .keras file are -------------------------------------
+
+    def write(self, folder: str) -> None:
+        """Write the layout as JSON, and each value as an array."""
+        own_folder = Path(folder) / _FOLDER
+        own_folder.mkdir()
+        (own_folder / "layout.json").write_text(json.dumps(self.layout.to_config()), "utf-8")
+        for number, variable in enumerate(self.values):
+            np.save(own_folder / f"{number}.npy", _as_numpy_alone(variable.numpy()))
+
+    @classmethod
+    def read(cls, folder: str) -> Optional[Snapshot]:
+        """What `write` wrote; None where there is nothing."""
+        own_folder = Path(folder) / _FOLDER
+        if not own_folder.exists():
+            return None
+        layout = StateLayout.from_config(
+            json.loads((own_folder / "layout.json").read_text("utf-8"))
+        )
+        numbers = range(len(list(own_folder.glob("*.npy"))))
+        return cls(layout, [np.load(own_folder / f"{number}.npy") for number in numbers])
+
+    # ---- as an object that a SavedModel tracks -------------------------------------------------
+
+    def tracked(self, copied: Sequence[tf.Variable] = ()) -> Any:
+        """An object that holds layout and variables, for a SavedModel to write with the model.
+
+        Args:
+            copied: Of these the object holds copies: TensorFlow has the slots of a legacy
+                optimizer depend on nothing else. All others are in the file once.
+        """
+        holder = _keras.AutoTrackable()
+        holder.layout = tf.Variable(json.dumps(self.layout.to_config()), trainable=False)
+        identities = set(map(id, copied))
+        for number, variable in enumerate(self.values):
+            if id(variable) in identities:
+                variable = tf.Variable(variable, trainable=False)
+            setattr(holder, f"value_{number}", variable)
+        return holder
+
+    @classmethod
+    def from_tracked(cls, holder: Any) -> Snapshot:
+        """From what a SavedModel brings back of `tracked`."""
+        layout = StateLayout.from_config(json.loads(holder.layout.numpy()))
+        count = sum(name.startswith("value_") for name in vars(holder))
+        return cls(layout, [getattr(holder, f"value_{position}") for position in range(count)])
+
+    # ---- in a config -------------------------------------------------------------------------
+
+    def to_config(self) -> dict[str, Any]:
+        """In JSON's types: for numbers, not for arrays."""
+        values = [value.numpy().item() for value in self.values]
+        return {"layout": self.layout.to_config(), "values": values}
+
+    @classmethod
+    def from_config(cls, config: Any) -> Snapshot:
+        """What `to_config` gave."""
+        if not isinstance(config, Mapping) or not isinstance(config.get("values"), list):
+            raise not_as_written("a layout and values are expected", config)
+        return cls(StateLayout.from_config(config.get("layout")), config["values"])
+
+
+def take_snapshot(
+    model: Any, windows: Windows, listed: Callable[[Any], list[tf.Variable]], *, keeps_windows: bool
+) -> Snapshot:
+    """What is to be written of a model's training.
+
+    Args:
+        model: A converted model.
+        windows: Its windows.
+        listed: What of an optimizer is to be written.
+        keeps_windows: Whether the windows are to be, or only how much they hold.
+    """
+    layouts = windows.written() if keeps_windows else []
+    values = windows.state(layouts)
+    optimizers = []
+    positions = _keras.positions_of(model)
+    for place, optimizer, variables in _by_optimizer(model, listed):
+        by_key = {
+            _keras.variable_key(optimizer, reference.deref()): position
+            for reference, position in positions.items()
+        }
+        keys = keys_built_for(optimizer)
+        if variables and by_key.keys() >= set(keys):
+            built_for = [by_key[key] for key in keys]
+            name = type(optimizer).__name__
+            optimizers.append(OptimizerLayout(place, name, built_for, len(variables)))
+            values += variables
+    return Snapshot(StateLayout(layouts, optimizers, windows.pending), values)
+
+
+def put_back(
+    model: Any,
+    windows: Windows,
+    snapshot: Snapshot,
+    listed: Optional[Callable[[Any], list[tf.Variable]]],
+) -> bool:
+    """Restore a snapshot in a model that is compiled.
+
+    Args:
+        model: A converted model.
+        windows: Its windows.
+        snapshot: What was taken of a model of the same config.
+        listed: What of an optimizer it holds, as for `take_snapshot`; None to restore the
+            windows alone.
+
+    Returns:
+        Whether the model has the optimizers and weights that the snapshot speaks of. Else
+        nothing changes.
+
+    Raises:
+        ValueError: The values are not those of the layout.
+    """
+    layout, values = snapshot
+    optimizers, weights = _keras.optimizers_within(model), _keras.weights_of(model)
+    for each in layout.optimizers:
+        if each.optimizer >= len(optimizers) or max(each.built_for, default=-1) >= len(weights):
+            return False
+        if type(optimizers[each.optimizer]).__name__ != each.class_name:
+            return False
+    if not windows.arrange(layout.windows):
+        return False
+    variables = windows.state(layout.windows)
+    if listed is None:
+        values = values[: len(variables)]
+    else:
+        for each in layout.optimizers:
+            build_for(optimizers[each.optimizer], [weights[place] for place in each.built_for])
+        found = {place: of_place for place, _, of_place in _by_optimizer(model, listed)}
+        for each in layout.optimizers:
+            variables += found.get(each.optimizer, [])
+    if len(variables) != len(values):
+        raise not_as_written(f"{len(variables)} values are expected", len(values))
+    fitting = [_fitting(value, variable) for value, variable in zip(values, variables)]
+    for variable, value in zip(variables, fitting):
+        variable.assign(value)
+    return True
+
+
+def _by_optimizer(
+    model: Any, listed: Callable[[Any], list[tf.Variable]]
+) -> Iterator[tuple[int, Any, list[tf.Variable]]]:
+    """The optimizers of tf_keras with their places and variables, each variable once."""
+    seen: set[int] = set()
+    for place, optimizer in enumerate(_keras.optimizers_within(model)):
+        if _keras.is_of_keras(optimizer):
+            variables = [variable for variable in listed(optimizer) if id(variable) not in seen]
+            seen.update(map(id, variables))
+            yield place, optimizer, variables
+
+
+def _fitting(value: Any, variable: tf.Variable) -> Any:
+    """A value as its variable takes it."""
+    dtype = variable.dtype.as_numpy_dtype
+    if isinstance(value, tf.Variable):
+        array = value
+    elif isinstance(value, np.ndarray):
+        array = value.view(dtype) if value.dtype.kind == "V" else value
+    elif isinstance(value, (int, float)):
+        array = np.asarray(value, dtype)
+    else:
+        raise not_as_written("a value must be an array or a number", value)
+    if not variable.shape.is_compatible_with(array.shape) or array.dtype != variable.dtype:
+        rule = f"a value must be of shape {variable.shape} and {variable.dtype.name}"
+        raise not_as_written(rule, f"{array.dtype} {array.shape}")
+    return array
+
+
+def _as_numpy_alone(array: np.ndarray) -> np.ndarray:
+    """An array without a dtype that only TensorFlow knows, such as bfloat16."""
+    return array.view(f"V{array.dtype.itemsize}") if array.dtype.kind == "V" else array
