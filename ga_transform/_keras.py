@@ -56,7 +56,7 @@ __all__ = [
     "optimizers_within",
     "output_layers",
     "positions_of",
-    "register_as",
+    "register_under",
     "shared_by_replicas",
     "unpack_x_y_sample_weight",
     "variable_key",
@@ -72,10 +72,9 @@ unpack_x_y_sample_weight = data_adapter.unpack_x_y_sample_weight
 shared_by_replicas = losses_utils.scale_loss_for_distribution
 
 
-def register_as(model_class: type, known: type) -> None:
-    """Have a class written down under the name that another one is registered by."""
-    names = object_registration._GLOBAL_CUSTOM_NAMES
-    names[model_class] = object_registration.get_registered_name(known)
+def register_under(model_class: type, registered_name: str) -> None:
+    """Have a class written down under a name that another one is registered by."""
+    object_registration._GLOBAL_CUSTOM_NAMES[model_class] = registered_name
 
 
 def optimizers_of(model: Any) -> list[Any]:

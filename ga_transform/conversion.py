@@ -15,6 +15,7 @@ from ga_transform import (
     saving,  # noqa: F401  (converted models can be saved from here on)
 )
 from ga_transform.chain import Chain
+from ga_transform.classes import plain_class_of
 from ga_transform.cloning import clone_with_state
 from ga_transform.errors import InexactWarning, shown, wrong_type
 from ga_transform.models import (
@@ -23,7 +24,6 @@ from ga_transform.models import (
     become_plain,
     taken_names,
 )
-from ga_transform.plain import plain_class_of
 from ga_transform.shorthands import chain_of
 from ga_transform.specs import Accumulate, BatchNorm, ClipByAGC, Precision, Transform
 from ga_transform.stages import check_stages

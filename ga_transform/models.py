@@ -13,11 +13,11 @@ import tf_keras
 
 from ga_transform import _keras
 from ga_transform.chain import Chain
+from ga_transform.classes import as_plain, class_behind, plain_class_of
 from ga_transform.diversion import release
 from ga_transform.loss_terms import stop_recording
 from ga_transform.neighbours import WRITERS_OF_CLASS
 from ga_transform.persistence import Persistent
-from ga_transform.plain import as_plain, class_behind, plain_class_of
 from ga_transform.training import Accumulating
 
 __all__ = [
@@ -48,15 +48,15 @@ class AccumulatingModel(Persistent, Accumulating):
         plain_class = plain_class_of(self)
         with as_plain(self):
             config = self.get_config()
-        return {
-            "model": {
-                "module": plain_class.__module__,
-                "class_name": plain_class.__name__,
-                "registered_name": tf_keras.utils.get_registered_name(plain_class),
-                "config": config,
-            },
-            **self._config_beside(),
+        model = {
+            "module": plain_class.__module__,
+            "class_name": plain_class.__name__,
+            "registered_name": tf_keras.utils.get_registered_name(plain_class),
         }
+        if isinstance(self, _keras.Functional) and "layers" in config:
+            # Loaders that know nothing of this package make a functional model of the layers.
+            return {**config, "model": model, **self._config_beside()}
+        return {"model": {**model, "config": config}, **self._config_beside()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
@@ -64,12 +64,14 @@ class AccumulatingModel(Persistent, Accumulating):
         behind: Any = class_behind(cls)
         if "model" not in config:  # one of the plain model's own
             return behind.from_config(config)
-        inner = config["model"]
+        rest = dict(config)
+        beside = {name: rest.pop(name, None) for name in ("model", "transforms", "training")}
+        inner = beside["model"]
         with tf_keras.utils.custom_object_scope(custom_objects or {}):
             known = behind if behind.__name__ == inner["class_name"] else _class_in(inner)
-            model = known.from_config(dict(inner["config"]))
-        become_accumulating(model, Chain.from_config(config["transforms"]))
-        model._keep_of_config(config)
+            model = known.from_config(dict(inner.get("config", rest)))
+        become_accumulating(model, Chain.from_config(beside["transforms"]))
+        model._keep_of_config(beside["training"])
         return model
 
     def _config_beside(self) -> dict[str, Any]:
@@ -83,10 +85,15 @@ class AccumulatingModel(Persistent, Accumulating):
         own = saver._python_properties_internal
 
         def properties() -> Any:
+            written = own()
             # A network whose classes are not known is refused at loading, where tf_keras would
             # revive it as one that cannot accumulate. Set on the model itself, this would leave
             # out the functions that serve predictions, too.
-            return {**own(), "must_restore_from_config": True}
+            written["must_restore_from_config"] = True
+            # What is frozen stands in the config. A loader that sets the model's own flag would
+            # set that of every layer.
+            written["trainable"] = None if written["trainable"] else False
+            return written
 
         saver._python_properties_internal = properties
         return saver
@@ -104,11 +111,11 @@ class _AccumulatingNetwork(AccumulatingModel):
     def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
         """A converted model from a config that `get_config` gave."""
         rest = dict(config)
-        rest.pop("training", None)
+        training = rest.pop("training", None)
         chain = Chain.from_config(rest.pop("transforms", None))
         model = super(Accumulating, cls).from_config(rest, custom_objects)  # type: ignore[misc]
         _set_chain(model, chain)
-        model._keep_of_config(config)
+        model._keep_of_config(training)
         return model
 
 
@@ -201,7 +208,7 @@ def _accumulating_class(base: Any, taken: frozenset[str]) -> type:
     made: Any = type(
         f"Accumulating{base.__name__}", (_OwnClass, base), {**namespace, "__new__": new}
     )
-    _keras.register_as(made, AccumulatingModel)
+    _keras.register_under(made, tf_keras.utils.get_registered_name(AccumulatingModel))
     _CLASSES[base, taken] = made
     return _CLASSES[base, taken]
 

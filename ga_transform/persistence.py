@@ -13,20 +13,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
-import h5py
 import tensorflow as tf
-import tf_keras
 
 from ga_transform import _keras
+from ga_transform.classes import as_plain, as_registered
 from ga_transform.optimizer_state import beside_lists, is_legacy, mend_set_weights, state_of
-from ga_transform.plain import as_plain
 from ga_transform.snapshot import Snapshot, put_back, take_snapshot
 from ga_transform.windows import Windows
 
@@ -126,36 +123,37 @@ class Persistent:
             return {}
         return {"training": self._snapshot(_lost_numbers, keeps_windows=False).to_config()}
 
-    def _keep_of_config(self, config: Mapping[str, Any]) -> None:
-        if "training" in config:
-            self._keep(Snapshot.from_config(config["training"]), _lost_numbers)
+    def _keep_of_config(self, config: Any) -> None:
+        """Keep what `_config_of_training` gave, if anything."""
+        if config is not None:
+            self._keep(Snapshot.from_config(config), _lost_numbers)
 
     def _snapshot(
         self, listed: Callable[[Any], list[tf.Variable]], keeps_windows: bool = True
     ) -> Snapshot:
         return take_snapshot(self, self._open_windows(), listed, keeps_windows=keeps_windows)
 
-    def _updated_config(self) -> dict[str, Any]:
-        # JSON and HDF5 name the bare class; under this name every class of a user's own is found,
-        # and where it is not, the error says what to import.
-        config: dict[str, Any] = super()._updated_config()  # type: ignore[misc]
-        return {**config, "class_name": tf_keras.utils.get_registered_name(type(self))}
+    # ---- JSON ------------------------------------------------------------------------------
+
+    @functools.wraps(_keras.Model.to_json)
+    def to_json(self, *args: Any, **kwargs: Any) -> str:  # noqa: D102  (it is that of `wraps`)
+        with as_registered(self, "json"):
+            return str(super().to_json(*args, **kwargs))  # type: ignore[misc]
 
     # ---- single files ----------------------------------------------------------------------
 
     @functools.wraps(_keras.Model.save)
-    def save(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102  (it is that of `wraps`)
+    def save(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
         own_save = super().save  # type: ignore[misc]
         call, kind = self._file_of("save", own_save, args, kwargs)
         if kind is None:
             own_save(*args, **kwargs)
             return
-        with _replacing(call.arguments["filepath"]) as path:
+        if kind == "h5":
+            self._warn_of_pending("HDF5")
+        with _replacing(call.arguments["filepath"]) as path, as_registered(self, kind):
             call.arguments["filepath"] = path
             own_save(*call.args, **call.kwargs)
-            if kind == "h5":
-                self._warn_of_pending("HDF5")
-                _name_class(path, tf_keras.utils.get_registered_name(type(self)))
 
     @functools.wraps(_keras.Model.save_weights)
     def save_weights(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
@@ -163,9 +161,9 @@ class Persistent:
         call, kind = self._file_of("save_weights", own_save, args, kwargs)
         if kind is None:
             return own_save(*args, **kwargs)
+        self._warn_of_pending("A file of weights")
         with _replacing(call.arguments["filepath"]) as path:
             call.arguments["filepath"] = path
-            self._warn_of_pending("A file of weights")
             return own_save(*call.args, **call.kwargs)
 
     @functools.wraps(_keras.Model.load_weights)
@@ -216,7 +214,7 @@ class Persistent:
             warnings.warn(
                 f"{self.name}: {what} holds no partial window; {pending} pending micro-batches are "
                 "left out. Call flush() first to apply them, or save as .keras or a checkpoint.",
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -243,10 +241,3 @@ def _replacing(path: Any) -> Iterator[str]:
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _name_class(path: str, name: str) -> None:
-    """Have a HDF5 file name the class of its model as `name`."""
-    with h5py.File(path, "r+") as file:
-        config = json.loads(file.attrs["model_config"])
-        file.attrs["model_config"] = json.dumps({**config, "class_name": name}).encode()
