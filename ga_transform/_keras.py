@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_v2_func_graphs import (
@@ -37,6 +37,7 @@ __all__ = [
     "branch_of",
     "condition_of",
     "current_graph",
+    "epoch_of_backup",
     "flatten_layers",
     "forget_traces",
     "graphs_within",
@@ -200,6 +201,13 @@ def has_sum_losses(model: Any) -> bool:
     return any(
         getattr(loss, "reduction", None) in (Reduction.SUM, Reduction.NONE) for loss in losses
     )
+
+
+def epoch_of_backup(model: Any) -> Optional[int]:
+    """The epoch in which the backup was made that `BackupAndRestore` has restored, if any."""
+    state = getattr(model, "_training_state", None)
+    epoch = -1 if state is None else int(state._ckpt_saved_epoch.numpy())
+    return None if epoch < 0 else epoch
 
 
 def weights_of(model: Any) -> list[Any]:

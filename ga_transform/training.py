@@ -237,6 +237,7 @@ class _EndOfEpoch(keras_callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         self._accumulating = accumulating
         self._remainder = remainder
+        self._is_first_epoch = True
         self.was_called = False
 
     def settle(self) -> None:
@@ -245,6 +246,13 @@ class _EndOfEpoch(keras_callbacks.Callback):  # type: ignore[misc]
 
     def on_train_begin(self, logs: Any = None) -> None:
         self.was_called = True
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        # A backup at an epoch's last batch was made before the epoch was settled; training goes
+        # on from it with the next epoch.
+        if self._is_first_epoch and _keras.epoch_of_backup(self._accumulating) == epoch - 1:
+            self.settle()
+        self._is_first_epoch = False
 
     def on_test_begin(self, logs: Any = None) -> None:
         self.settle()
