@@ -17,7 +17,7 @@ __all__ = [
     "copy_optimizer_state",
     "is_legacy",
     "keys_built_for",
-    "mend_set_weights",
+    "mend_wrapper",
     "state_of",
 ]
 
@@ -61,11 +61,15 @@ def build_for(optimizer: Any, variables: Sequence[tf.Variable]) -> None:
         optimizer.build(variables)
 
 
-def mend_set_weights(optimizer: Any) -> None:
-    """Have a wrapper for loss scaling take the weights that it gives: tf_keras's own cannot."""
+def mend_wrapper(optimizer: Any) -> None:
+    """Give tf_keras's wrapper for loss scaling what its loaders ask of it, and it lacks.
+
+    Loaders of HDF5 set its weights, which it cannot; that of `.keras` names it in a warning.
+    """
     inner = _inner(optimizer)
     if inner is not optimizer and not is_legacy(optimizer):
         optimizer.set_weights = inner.set_weights
+        optimizer.name = inner.name
 
 
 def copy_optimizer_state(optimizer: Any, own: Any, own_variables: dict[Any, Any]) -> None:

@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from ga_transform import _keras
 from ga_transform.classes import as_plain, as_registered
-from ga_transform.optimizer_state import beside_lists, is_legacy, mend_set_weights, state_of
+from ga_transform.optimizer_state import beside_lists, is_legacy, mend_wrapper, state_of
 from ga_transform.snapshot import Snapshot, put_back, take_snapshot
 from ga_transform.windows import Windows
 
@@ -44,6 +44,7 @@ class Persistent:
     @functools.wraps(_keras.Model.compile)
     def compile(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102  (it is that of `wraps`)
         super().compile(*args, **kwargs)  # type: ignore[misc]
+        mend_wrapper(self.optimizer)
         # Loaders of HDF5 and SavedModel compile a model when its weights are in place.
         self._resume(kwargs.get("from_serialized", False))
 
@@ -52,6 +53,7 @@ class Persistent:
         with as_plain(self):
             self.compile_from_config(config)
         if self._is_compiled:
+            mend_wrapper(self.optimizer)
             self._open_windows()
 
     def _keep(self, snapshot: Snapshot, listed: Callable[[Any], list[tf.Variable]]) -> None:
@@ -71,8 +73,6 @@ class Persistent:
         snapshot, listed = vars(self).pop("_kept")
         # Whoever compiles a model by hand starts with the optimizer that is given.
         put_back(self, windows, snapshot, listed if is_compiled_by_loader else None)
-        if listed is _lost_numbers:
-            mend_set_weights(self.optimizer)  # which the loader of HDF5 calls next
         dropped = snapshot.layout.pending - windows.pending
         if dropped > 0:
             warnings.warn(
@@ -179,7 +179,7 @@ class Persistent:
             return own_load(*args, **kwargs)
         except FileNotFoundError:
             raise
-        except (KeyError, OSError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever the loader meets in a file
             for variable, value in before:
                 variable.assign(value)
             reason = " ".join(str(error).split())
