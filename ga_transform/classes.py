@@ -39,13 +39,13 @@ def as_registered(model: Any, kind: str) -> Iterator[None]:
     """Have a model be of a class that is called as it is registered, for a file to name it so.
 
     One registered class stands for all converted classes of users' own, and a file that names it
-    is read where those have not been made. `.keras` files name the module, too, which is then
-    imported; HDF5 and JSON hold the bare name, which so says what to import.
+    is read where those have not been made. `.keras` files name its module, too, which tf_keras
+    then imports; HDF5 files hold nothing but a name, which so says what to import.
     """
     converted_class = type(model)
     if (converted_class, kind) not in _WRITERS:
         registered_name = tf_keras.utils.get_registered_name(converted_class)
-        name = registered_name.split(">")[-1] if kind == "keras" else registered_name
+        name = registered_name if kind == "h5" else registered_name.split(">")[-1]
         writer: Any = type(name, (converted_class,), {"__module__": "ga_transform.models"})
         _keras.register_under(writer, registered_name)
         _WRITERS[converted_class, kind] = writer

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import tensorflow as tf
+import tf_keras
 
 from ga_transform import _keras
 from ga_transform.classes import as_plain, as_registered
@@ -135,10 +136,11 @@ class Persistent:
 
     # ---- JSON ------------------------------------------------------------------------------
 
-    @functools.wraps(_keras.Model.to_json)
-    def to_json(self, *args: Any, **kwargs: Any) -> str:  # noqa: D102  (it is that of `wraps`)
-        with as_registered(self, "json"):
-            return str(super().to_json(*args, **kwargs))  # type: ignore[misc]
+    def _updated_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = super()._updated_config()  # type: ignore[misc]
+        name = tf_keras.utils.get_registered_name(type(self))
+        # Without a module, loaders that know nothing of the class say so; else they are silent.
+        return {**config, "module": None, "class_name": name, "registered_name": name}
 
     # ---- single files ----------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -98,14 +99,15 @@ def attempt(train, folder, result, pipe):
     process = os.fork()
     if process:
         return process
+    status = 1
     try:
         model = train(folder, lambda: os.write(pipe, b"."))
         np.savez(result.with_suffix(".partial.npz"), *model.get_weights())
         result.with_suffix(".partial.npz").rename(result)
-    except BaseException as error:
-        print(repr(error), file=sys.stderr)
-        os._exit(1)
-    os._exit(0)
+        status = 0
+    finally:
+        traceback.print_exc()
+        os._exit(status)
 
 
 def train_to_the_end(train, folder, kills, rng):

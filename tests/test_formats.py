@@ -39,7 +39,9 @@ def test_training_goes_on_in_another_process(tmp_path, name):
         assert [f"had {dropped} pending" in text for text in said] == [True] * bool(dropped), said
         assert state == wanted, (moment, file)
         for ours, other in zip(predictions, before["predictions"]):
-            np.testing.assert_allclose(ours, other, rtol=1e-5, atol=1e-6, err_msg=f"{moment} {file}")
+            np.testing.assert_allclose(
+                ours, other, rtol=1e-5, atol=1e-6, err_msg=f"{moment} {file}"
+            )
         is_whole = file in WHOLE or (file == "model.h5" and not dropped)
         if is_whole and MOMENTS[moment]:
             with np.load(f"{saved_models.path_of(tmp_path, name, moment, file)}.end.npz") as final:

@@ -472,21 +472,21 @@ class Network(tf_keras.Model):
 
 
 def test_files_that_name_a_class_by_its_bare_name(tmp_path):
-    """HDF5 and JSON hold the plain model, and a warning says so."""
+    """HDF5 and JSON of a class of one's own hold the converted model, as `.keras` does."""
     inputs = tf_keras.Input([4])
     model = Network(inputs, layers.Dense(2)(inputs))
     model.compile("sgd", "mse")
     ga.make_accumulating(model, 2, inplace=True)
-    with pytest.warns(UserWarning, match="HDF5 holds the plain Network, without the chain"):
-        model.save(tmp_path / "model.h5")
+    model.save(tmp_path / "model.h5")
     custom = {"Network": Network}
     loaded = tf_keras.models.load_model(tmp_path / "model.h5", custom_objects=custom)
-    assert type(loaded) is Network
+    assert type(loaded) is type(model)
+    assert loaded.transforms == model.transforms
     np.testing.assert_allclose(loaded(X), model(X), atol=1e-6)
-    with pytest.warns(UserWarning, match="JSON holds the plain Network"):
-        text = model.to_json()
-    assert type(tf_keras.models.model_from_json(text, custom_objects=custom)) is Network
-    assert type(tf_keras.models.clone_model(model)) is type(model)
+    of_text = tf_keras.models.model_from_json(model.to_json(), custom_objects=custom)
+    for other in (of_text, tf_keras.models.clone_model(model)):
+        assert type(other) is type(model)
+        assert other.transforms == model.transforms
 
 
 class OwnSave(own_models.TwoLayers):

@@ -358,9 +358,9 @@ def test_compiling_again_starts_a_new_window():
     """What is pending when a model is compiled again is dropped, with a warning that says so."""
     model = converted(4)
     model.train_on_batch(*rows(2))
-    model.compile("adam", "mae")
     with pytest.warns(UserWarning, match="discarded 1 pending micro-batches"):
-        model.fit(*rows(8), batch_size=1, verbose=0)
+        model.compile("adam", "mae")
+    model.fit(*rows(8), batch_size=1, verbose=0)
     assert updates(model) == 2
 
 
