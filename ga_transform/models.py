@@ -147,7 +147,7 @@ def become_accumulating(model: Any, chain: Chain) -> None:
     model.train_function = None  # what is traced already does not accumulate
     _keras.forget_traces(model)
     if model._is_compiled:
-        mend_wrapper(model.optimizer)
+        mend_wrapper(getattr(model, "optimizer", None))
         model._open_windows()  # so that a checkpoint taken before any step holds a count
 
 
@@ -156,7 +156,8 @@ def become_plain(model: Any) -> None:
     release(model)
     stop_recording(model.compiled_loss)
     model.__class__ = plain_class_of(model)
-    vars(model).pop("_accumulating_chain", None)
+    for name in ("_accumulating_chain", "_kept"):
+        vars(model).pop(name, None)
     if "_accumulation" in vars(model):
         model._delete_tracking("_accumulation")
         delattr(model, "_accumulation")

@@ -36,7 +36,6 @@ class Persistent:
 
     #: Of the base, which stands behind the mixin.
     name: str
-    optimizer: Any
     _is_compiled: bool
     _open_windows: Callable[[], Windows]
 
@@ -45,7 +44,7 @@ class Persistent:
     @functools.wraps(_keras.Model.compile)
     def compile(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102  (it is that of `wraps`)
         super().compile(*args, **kwargs)  # type: ignore[misc]
-        mend_wrapper(self.optimizer)
+        mend_wrapper(getattr(self, "optimizer", None))
         # Loaders of HDF5 and SavedModel compile a model when its weights are in place.
         self._resume(kwargs.get("from_serialized", False))
 
@@ -54,7 +53,7 @@ class Persistent:
         with as_plain(self):
             self.compile_from_config(config)
         if self._is_compiled:
-            mend_wrapper(self.optimizer)
+            mend_wrapper(getattr(self, "optimizer", None))
             self._open_windows()
 
     def _keep(self, snapshot: Snapshot, listed: Callable[[Any], list[tf.Variable]]) -> None:
@@ -132,7 +131,9 @@ class Persistent:
     def _snapshot(
         self, listed: Callable[[Any], list[tf.Variable]], keeps_windows: bool = True
     ) -> Snapshot:
-        return take_snapshot(self, self._open_windows(), listed, keeps_windows=keeps_windows)
+        # As they are: whoever saves without the optimizer takes it from the model for a while.
+        windows = vars(self).get("_accumulation") or self._open_windows()
+        return take_snapshot(self, windows, listed, keeps_windows=keeps_windows)
 
     # ---- JSON ------------------------------------------------------------------------------
 
