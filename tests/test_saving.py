@@ -11,6 +11,7 @@ import tensorflow as tf
 import tf_keras
 
 import ga_transform as ga
+from ga_transform import models
 
 CHAIN = ga.Chain(ga.Accumulate(3, remainder="carry"), ga.ClipByAGC(0.5), ga.ClipByGlobalNorm(9.0))
 
@@ -250,3 +251,127 @@ def test_a_transform_of_ones_own_has_the_same_rights(tmp_path, float64):
     models[2].save(tmp_path / "model.keras")
     loaded = tf_keras.models.load_model(tmp_path / "model.keras")
     assert loaded.transforms == ga.Chain(ga.Accumulate(1), Halve(2))
+
+
+# ---- what saving leaves alone, and other ways to save ------------------------------------------
+
+
+def test_saving_changes_nothing_in_memory(tmp_path):
+    """Whatever the format, the window, its count and the optimizer are as they were."""
+    model = small()
+    model.train_on_batch(X, Y)
+    optimizer = model.optimizer
+    model.save(tmp_path / "without", include_optimizer=False)
+    model.save(tmp_path / "with")
+    model.save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="1 pending micro-batches are left out"):
+        model.save(tmp_path / "model.h5")
+    model.export(tmp_path / "exported")
+    model.to_json()
+    assert type(model) is models.AccumulatingSequential
+    assert model.optimizer is optimizer
+    assert model.pending_micro_batches == 1
+    for _ in range(2):
+        model.train_on_batch(X, Y)
+    assert (model.pending_micro_batches, int(optimizer.iterations)) == (0, 1)
+
+
+def test_what_a_saved_model_weighs(tmp_path):
+    """A SavedModel holds each variable once; an empty window adds a few numbers."""
+
+    def size(model, name):
+        model.save(tmp_path / name)
+        return (tmp_path / name / "variables" / "variables.data-00000-of-00001").stat().st_size
+
+    plain = tf_keras.Sequential([tf_keras.Input([300]), tf_keras.layers.Dense(100)])
+    plain.compile("adam", "mse")
+    x, y = np.ones([2, 300]), np.ones([2, 100])
+    plain.train_on_batch(x, y)
+    model = ga.make_accumulating(plain, 2)
+    usual = size(plain, "plain")
+    assert size(model, "empty") < usual + 4000
+    model.train_on_batch(x, y)
+    weights = 4 * plain.count_params()
+    assert usual + weights < size(model, "begun") < usual + weights + 4000
+
+
+def test_an_export_serves(tmp_path):
+    """`model.export` writes what it writes of the plain model."""
+    model = small()
+    model.train_on_batch(X, Y)
+    model.export(tmp_path / "exported")
+    served = tf.saved_model.load(str(tmp_path / "exported"))
+    np.testing.assert_allclose(served.serve(X), model(X), atol=1e-6)
+    names = {
+        name for name, _ in tf.train.list_variables(f"{tmp_path}/exported/variables/variables")
+    }
+    assert not any("accumulat" in name for name in names)
+
+
+@pytest.mark.parametrize("file", ["model.keras", "savedmodel"])
+def test_a_model_that_is_compiled_by_hand_after_loading(tmp_path, file):
+    """Its window goes on with an optimizer of the same class; with another it starts again."""
+    model = small()
+    model.train_on_batch(X, Y)
+    model.save(tmp_path / file)
+    loaded = tf_keras.models.load_model(tmp_path / file, compile=False)
+    assert loaded.pending_micro_batches == 0
+    loaded.compile("adam", "mse")
+    assert loaded.pending_micro_batches == 1
+    loaded = tf_keras.models.load_model(tmp_path / file, compile=False)
+    with pytest.warns(UserWarning, match="had 1 pending micro-batches, which are dropped"):
+        loaded.compile("sgd", "mse")
+    assert loaded.pending_micro_batches == 0
+
+
+def test_configs_and_clones(tmp_path):
+    """They hold the chain, and nothing of the training."""
+    case = cases.branches()
+    case.model.compile("adam", **case.compile)
+    model = ga.make_accumulating(case.model, transforms=CHAIN)
+    for other in (
+        type(model).from_config(model.get_config()),
+        tf_keras.models.clone_model(model),
+        tf_keras.models.model_from_json(model.to_json()),
+    ):
+        assert type(other) is type(model)
+        assert other.transforms == CHAIN
+        assert len(other.weights) == len(model.weights)
+        assert other.optimizer is None
+
+
+def test_weights_by_name(tmp_path):
+    """HDF5 weights are taken by the names of layers, as in tf_keras."""
+    source = tf_keras.Sequential([tf_keras.Input([2]), tf_keras.layers.Dense(1, name="one")])
+    source.save_weights(tmp_path / "w.h5")
+    target = tf_keras.Sequential(
+        [
+            tf_keras.Input([2]),
+            tf_keras.layers.Dense(2, name="other"),
+            tf_keras.layers.Dense(1, name="one"),
+        ]
+    )
+    target.compile("adam", "mse")
+    model = ga.make_accumulating(target, 2)
+    model.load_weights(tmp_path / "w.h5", by_name=True)
+    np.testing.assert_array_equal(model.layers[1].kernel, source.layers[0].kernel)
+    with pytest.raises(ValueError, match="Nothing has changed"):
+        model.load_weights(tmp_path / "w.h5")
+
+
+def test_checkpoints_that_are_written_in_the_background(tmp_path):
+    """Asynchronous checkpoints hold the window as it was when they were taken."""
+    options = tf.train.CheckpointOptions(experimental_enable_async_checkpoint=True)
+    model = small()
+    checkpoint = tf.train.Checkpoint(model=model)
+    paths = []
+    for step in range(5):
+        model.train_on_batch(X, step * Y)
+        paths.append(checkpoint.save(str(tmp_path / "checkpoint"), options))
+    checkpoint.sync()
+    other = small()
+    tf.train.Checkpoint(model=other).restore(paths[-1]).assert_existing_objects_matched()
+    assert other.pending_micro_batches == 2
+    for each in (model, other):
+        each.train_on_batch(X, Y)
+    tf.nest.map_structure(np.testing.assert_array_equal, model.get_weights(), other.get_weights())
