@@ -72,13 +72,19 @@ class Persistent:
             return
         snapshot, listed = vars(self).pop("_kept")
         # Whoever compiles a model by hand starts with the optimizer that is given.
-        put_back(self, windows, snapshot, listed if is_compiled_by_loader else None)
+        fits = put_back(self, windows, snapshot, listed if is_compiled_by_loader else None)
         dropped = snapshot.layout.pending - windows.pending
         if dropped > 0:
             warnings.warn(
                 f"{self.name}: what was loaded had {dropped} pending micro-batches, which are "
                 "dropped: its window starts again. Call flush() before saving as HDF5 or without "
                 "the optimizer, or save as .keras and load with compile=True.",
+                stacklevel=3,
+            )
+        elif is_compiled_by_loader and not fits:
+            warnings.warn(
+                f"{self.name}: what was loaded is of other optimizers than the model has here, "
+                "which start as tf_keras loads them. Load it with the tf_keras that wrote it.",
                 stacklevel=3,
             )
 

@@ -140,36 +140,58 @@ def put_back(
             windows alone.
 
     Returns:
-        Whether the model has the optimizers and weights that the snapshot speaks of. Else
-        nothing changes.
+        Whether the model has the optimizers and weights that the snapshot speaks of. Else no
+        value changes.
 
     Raises:
         ValueError: The values are not those of the layout.
     """
     layout, values = snapshot
-    optimizers, weights = _keras.optimizers_within(model), _keras.weights_of(model)
-    for each in layout.optimizers:
-        if each.optimizer >= len(optimizers) or max(each.built_for, default=-1) >= len(weights):
-            return False
-        if type(optimizers[each.optimizer]).__name__ != each.class_name:
-            return False
-    if not windows.arrange(layout.windows):
+    if not _fits(model, layout) or not windows.arrange(layout.windows):
         return False
     variables = windows.state(layout.windows)
     if listed is None:
         values = values[: len(variables)]
     else:
-        for each in layout.optimizers:
-            build_for(optimizers[each.optimizer], [weights[place] for place in each.built_for])
-        found = {place: of_place for place, _, of_place in _by_optimizer(model, listed)}
-        for each in layout.optimizers:
-            variables += found.get(each.optimizer, [])
+        of_optimizers = _made(model, layout, listed)
+        if of_optimizers is None:
+            return False
+        variables += of_optimizers
     if len(variables) != len(values):
         raise not_as_written(f"{len(variables)} values are expected", len(values))
     fitting = [_fitting(value, variable) for value, variable in zip(values, variables)]
     for variable, value in zip(variables, fitting):
         variable.assign(value)
     return True
+
+
+def _fits(model: Any, layout: StateLayout) -> bool:
+    """Whether a model has the optimizers and the weights of a layout."""
+    names = [type(optimizer).__name__ for optimizer in _keras.optimizers_within(model)]
+    count = len(_keras.weights_of(model))
+    return all(
+        each.optimizer < len(names)
+        and names[each.optimizer] == each.class_name
+        and max(each.built_for, default=-1) < count
+        for each in layout.optimizers
+    )
+
+
+def _made(
+    model: Any, layout: StateLayout, listed: Callable[[Any], list[tf.Variable]]
+) -> Optional[list[tf.Variable]]:
+    """The variables of a layout's optimizers, made if need be.
+
+    None, if one of them has another number: another version of it was written.
+    """
+    optimizers, weights = _keras.optimizers_within(model), _keras.weights_of(model)
+    for each in layout.optimizers:
+        build_for(optimizers[each.optimizer], [weights[place] for place in each.built_for])
+    found = {place: variables for place, _, variables in _by_optimizer(model, listed)}
+    states = [found.get(each.optimizer, []) for each in layout.optimizers]
+    if [len(state) for state in states] != [each.variables for each in layout.optimizers]:
+        return None
+    return [variable for state in states for variable in state]
 
 
 def _by_optimizer(
