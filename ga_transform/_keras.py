@@ -59,6 +59,7 @@ __all__ = [
     "positions_of",
     "register_under",
     "shared_by_replicas",
+    "trained_positions",
     "unpack_x_y_sample_weight",
     "variable_key",
     "weight_losses",
@@ -211,21 +212,30 @@ def epoch_of_backup(model: Any) -> Optional[int]:
 
 
 def weights_of(model: Any) -> list[Any]:
-    """A model's weights, as far as they are made."""
+    """A model's weights, as far as they are made, in an order that no `trainable` changes."""
     try:
-        return list(model.weights)
+        weights = list(model.weights)
     except ValueError:
         return []
+    by_layer = [
+        weight
+        for layer in model._flatten_layers()
+        for weight in (*layer._trainable_weights, *layer._non_trainable_weights)
+    ]
+    found = {id(weight): weight for weight in (*by_layer, *weights)}
+    return [found[identity] for identity in found if isinstance(found[identity], tf.Variable)]
 
 
 def positions_of(model: Any) -> dict[Any, int]:
     """By reference, where variables stand among a model's weights."""
-    weights = weights_of(model)
-    return {
-        weight.ref(): position
-        for position, weight in enumerate(weights)
-        if isinstance(weight, tf.Variable)
-    }
+    return {weight.ref(): position for position, weight in enumerate(weights_of(model))}
+
+
+def trained_positions(model: Any) -> list[int]:
+    """Where the weights that a model trains stand among all."""
+    positions = positions_of(model)
+    trained = {weight.ref() for weight in model.trainable_weights} if positions else set()
+    return [position for reference, position in positions.items() if reference in trained]
 
 
 def forget_traces(model: Any) -> None:

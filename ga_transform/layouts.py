@@ -31,6 +31,8 @@ Turn = tuple[Union[str, int], ...]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 _VERSION = 1
+#: What tf_keras's optimizers take by name beside the gradients.
+_ARGUMENTS = {"name", "skip_gradients_aggregation", "experimental_aggregate_gradients"}
 
 
 class SumLayout(NamedTuple):
@@ -101,9 +103,11 @@ class StateLayout(NamedTuple):
     """The windows and the optimizers of a model."""
 
     windows: list[WindowLayout]
-    optimizers: Sequence[OptimizerLayout] = ()
+    #: The positions of the weights that the model trains.
+    trained: list[int]
     #: The micro-batches of the fullest window, be it written or not.
-    pending: int = 0
+    pending: int
+    optimizers: Sequence[OptimizerLayout] = ()
 
     def to_config(self) -> dict[str, Any]:
         """In JSON's types, with a version."""
@@ -117,17 +121,20 @@ class StateLayout(NamedTuple):
             ValueError: It is not what `to_config` returns, or of a later version.
         """
         if not isinstance(config, Mapping) or set(config) != {"version", *cls._fields}:
-            raise not_as_written("a version, windows, optimizers and a count are expected", config)
+            raise not_as_written("its parts are " + ", ".join(("version", *cls._fields)), config)
         version = config["version"]
-        if _count(version) > _VERSION:
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise not_as_written(f"its version is an int from 1 to {_VERSION}", version)
+        if version > _VERSION:
             raise ValueError(
                 f"A saved training state must be of version {_VERSION} at most; got {version}. "
                 "Load it with the later ga_transform that wrote it."
             )
         return cls(
             _list(config["windows"], WindowLayout.read),
-            _list(config["optimizers"], OptimizerLayout.read),
+            _list(config["trained"], _count),
             _count(config["pending"]),
+            _list(config["optimizers"], OptimizerLayout.read),
         )
 
 
@@ -173,8 +180,8 @@ def _is_plain(value: Any) -> bool:
 
 def _call(value: Any) -> Call:
     args, kwargs = _list(value, _as_it_is, 2)
-    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
-        raise not_as_written("arguments by name are expected", kwargs)
+    if not isinstance(kwargs, Mapping) or not set(kwargs) <= _ARGUMENTS:
+        raise not_as_written(f"arguments are {', '.join(sorted(_ARGUMENTS))}", kwargs)
     for item in (*_list(args, _as_it_is), *kwargs.values()):
         if not _is_plain(item):
             raise not_as_written("arguments must be words and numbers", item)
@@ -183,4 +190,5 @@ def _call(value: Any) -> Call:
 
 def plain_call(args: Any, kwargs: Any) -> Optional[Call]:
     """The arguments of a call, if they are such that a file can hold them."""
-    return (tuple(args), dict(kwargs)) if all(map(_is_plain, (*args, *kwargs.values()))) else None
+    is_plain = set(kwargs) <= _ARGUMENTS and all(map(_is_plain, (*args, *kwargs.values())))
+    return (tuple(args), dict(kwargs)) if is_plain else None

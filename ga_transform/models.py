@@ -15,6 +15,7 @@ from ga_transform import _keras
 from ga_transform.chain import Chain
 from ga_transform.classes import as_plain, class_behind, plain_class_of
 from ga_transform.diversion import release
+from ga_transform.errors import wrong_type
 from ga_transform.loss_terms import stop_recording
 from ga_transform.neighbours import WRITERS_OF_CLASS
 from ga_transform.optimizer_state import mend_wrapper
@@ -30,6 +31,8 @@ __all__ = [
     "taken_names",
 ]
 
+#: What is ours in the config of a converted model.
+_KEY = "ga_transform"
 #: Methods that people set on the object.
 _OWN_METHODS = ("train_step", "fit")
 #: What a converted model has beside its own.
@@ -56,23 +59,23 @@ class AccumulatingModel(Persistent, Accumulating):
         }
         if isinstance(self, _keras.Functional) and "layers" in config:
             # Loaders that know nothing of this package make a functional model of the layers.
-            return {**config, "model": model, **self._config_beside()}
-        return {"model": {**model, "config": config}, **self._config_beside()}
+            return {**config, _KEY: {"model": model, **self._config_beside()}}
+        return {_KEY: {"model": {**model, "config": config}, **self._config_beside()}}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
         """A converted model from a config that `get_config` gave."""
         behind: Any = class_behind(cls)
-        if "model" not in config:  # one of the plain model's own
+        if _KEY not in config:  # one of the plain model's own
             return behind.from_config(config)
         rest = dict(config)
-        beside = {name: rest.pop(name, None) for name in ("model", "transforms", "training")}
-        inner = beside["model"]
+        own = _read_own(rest.pop(_KEY))
+        inner = {"class_name": "", "module": "", "registered_name": "", **own["model"]}
         with tf_keras.utils.custom_object_scope(custom_objects or {}):
             known = behind if behind.__name__ == inner["class_name"] else _class_in(inner)
             model = known.from_config(dict(inner.get("config", rest)))
-        become_accumulating(model, Chain.from_config(beside["transforms"]))
-        model._keep_of_config(beside["training"])
+        become_accumulating(model, Chain.from_config(own["transforms"]))
+        model._keep_of_config(own["training"])
         return model
 
     def _config_beside(self) -> dict[str, Any]:
@@ -106,17 +109,17 @@ class _AccumulatingNetwork(AccumulatingModel):
     def get_config(self) -> dict[str, Any]:
         """The config of the base, with the chain."""
         config = super(Accumulating, self).get_config()  # type: ignore[misc]
-        return {**config, **self._config_beside()}
+        return {**config, _KEY: self._config_beside()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Any:
         """A converted model from a config that `get_config` gave."""
         rest = dict(config)
-        training = rest.pop("training", None)
-        chain = Chain.from_config(rest.pop("transforms", None))
+        own = _read_own(rest.pop(_KEY, None))
+        chain = Chain.from_config(own["transforms"])
         model = super(Accumulating, cls).from_config(rest, custom_objects)  # type: ignore[misc]
         _set_chain(model, chain)
-        model._keep_of_config(training)
+        model._keep_of_config(own["training"])
         return model
 
 
@@ -158,9 +161,10 @@ def become_plain(model: Any) -> None:
     model.__class__ = plain_class_of(model)
     for name in ("_accumulating_chain", "_kept"):
         vars(model).pop(name, None)
-    if "_accumulation" in vars(model):
-        model._delete_tracking("_accumulation")
-        delattr(model, "_accumulation")
+    for name in ("_accumulation", "_accumulating_state"):
+        if name in vars(model):
+            model._delete_tracking(name)
+            delattr(model, name)
     for name in _OWN_METHODS:
         method = vars(model).pop(f"_own_{name}", None)
         if method is not None:
@@ -176,6 +180,25 @@ def taken_names(model: Any) -> frozenset[str]:
         name
         for name in _PUBLIC_NAMES
         if inspect.getattr_static(model, name, missing) is not missing
+    )
+
+
+def _read_own(config: Any) -> Mapping[str, Any]:
+    """What is ours of a config, checked."""
+    parts: dict[str, Any] = {
+        "model": Mapping,
+        "transforms": Mapping,
+        "training": (Mapping, type(None)),
+    }
+    if isinstance(config, Mapping):
+        read = {"model": {}, "training": None, **config}
+        if read.keys() == parts.keys() and all(isinstance(read[p], parts[p]) for p in parts):
+            return read
+    raise wrong_type(
+        f"A config's {_KEY!r}",
+        "a dict with 'transforms' and what goes with them",
+        config,
+        "Pass what get_config returned.",
     )
 
 

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import inspect
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,13 @@ class Persistent:
             mend_wrapper(getattr(self, "optimizer", None))
             self._open_windows()
 
+    @property
+    def _kept_micro_batches(self) -> int:
+        """The pending micro-batches of what was read, and waits for `compile`."""
+        if "_accumulating_state" in vars(self):
+            return Snapshot.from_tracked(self._accumulating_state).layout.pending  # type: ignore[attr-defined]
+        return vars(self)["_kept"][0].layout.pending if "_kept" in vars(self) else 0
+
     def _keep(self, snapshot: Snapshot, listed: Callable[[Any], list[tf.Variable]]) -> None:
         """Keep what was read until the model is compiled."""
         # Past Keras's own __setattr__, which tracks what it is given.
@@ -71,8 +79,12 @@ class Persistent:
         if "_kept" not in vars(self):
             return
         snapshot, listed = vars(self).pop("_kept")
-        # Whoever compiles a model by hand starts with the optimizer that is given.
-        fits = put_back(self, windows, snapshot, listed if is_compiled_by_loader else None)
+        # Whoever compiles a model by hand trains it anew; but loaders leave a `compile` of the
+        # model's own to its user.
+        is_own_compile = not _keras.is_keras_own(self, Persistent, "compile")
+        fits = (is_compiled_by_loader or is_own_compile) and put_back(
+            self, windows, snapshot, listed if is_compiled_by_loader else None
+        )
         dropped = snapshot.layout.pending - windows.pending
         if dropped > 0:
             warnings.warn(
@@ -83,8 +95,8 @@ class Persistent:
             )
         elif is_compiled_by_loader and not fits:
             warnings.warn(
-                f"{self.name}: what was loaded is of other optimizers than the model has here, "
-                "which start as tf_keras loads them. Load it with the tf_keras that wrote it.",
+                f"{self.name}: what was loaded is of other optimizers, or of other weights to "
+                "train, than the model has here. They start as tf_keras loads them.",
                 stacklevel=3,
             )
 
@@ -96,9 +108,9 @@ class Persistent:
         if own_save is not None:
             own_save(folder)
         if self._is_compiled:
-            snapshot = self._snapshot(_lost_by_keras)
-            if snapshot.values:
-                snapshot.write(folder)
+            self._snapshot(_lost_by_keras).write(folder)
+        elif "_kept" in vars(self):
+            vars(self)["_kept"][0].write(folder)
 
     def load_assets(self, folder: str) -> None:
         """Read what `save_assets` wrote."""
@@ -247,6 +259,8 @@ def _replacing(path: Any) -> Iterator[str]:
     beside = target.with_name(f".partial-{target.name}")
     try:
         yield str(beside)
+        if target.exists():
+            shutil.copymode(target, beside)
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)

@@ -41,7 +41,9 @@ class Snapshot(NamedTuple):
         own_folder.mkdir()
         (own_folder / "layout.json").write_text(json.dumps(self.layout.to_config()), "utf-8")
         for number, variable in enumerate(self.values):
-            np.save(own_folder / f"{number}.npy", _as_numpy_alone(variable.numpy()))
+            # What is kept since it was read is an array already.
+            array = variable.numpy() if isinstance(variable, tf.Variable) else variable
+            np.save(own_folder / f"{number}.npy", _as_numpy_alone(array))
 
     @classmethod
     def read(cls, folder: str) -> Optional[Snapshot]:
@@ -49,11 +51,13 @@ class Snapshot(NamedTuple):
         own_folder = Path(folder) / _FOLDER
         if not own_folder.exists():
             return None
-        layout = StateLayout.from_config(
-            json.loads((own_folder / "layout.json").read_text("utf-8"))
-        )
         numbers = range(len(list(own_folder.glob("*.npy"))))
-        return cls(layout, [np.load(own_folder / f"{number}.npy") for number in numbers])
+        try:
+            config = json.loads((own_folder / "layout.json").read_text("utf-8"))
+            values = [np.load(own_folder / f"{number}.npy") for number in numbers]
+        except (EOFError, OSError, RecursionError, ValueError) as error:
+            raise not_as_written("JSON and arrays are expected", type(error).__name__) from error
+        return cls(StateLayout.from_config(config), values)
 
     # ---- as an object that a SavedModel tracks -------------------------------------------------
 
@@ -76,7 +80,11 @@ class Snapshot(NamedTuple):
     @classmethod
     def from_tracked(cls, holder: Any) -> Snapshot:
         """From what a SavedModel brings back of `tracked`."""
-        layout = StateLayout.from_config(json.loads(holder.layout.numpy()))
+        try:
+            config = json.loads(holder.layout.numpy())
+        except (AttributeError, RecursionError, ValueError) as error:
+            raise not_as_written("JSON is expected", type(error).__name__) from error
+        layout = StateLayout.from_config(config)
         count = sum(name.startswith("value_") for name in vars(holder))
         return cls(layout, [getattr(holder, f"value_{position}") for position in range(count)])
 
@@ -106,8 +114,10 @@ def take_snapshot(
         listed: What of an optimizer is to be written.
         keeps_windows: Whether the windows are to be, or only how much they hold.
     """
-    layouts = windows.written() if keeps_windows else []
-    values = windows.state(layouts)
+    layout = windows.written()
+    if not keeps_windows:
+        layout = layout._replace(windows=[])
+    values = windows.state(layout.windows)
     optimizers = []
     positions = _keras.positions_of(model)
     for place, optimizer, variables in _by_optimizer(model, listed):
@@ -121,7 +131,7 @@ def take_snapshot(
             name = type(optimizer).__name__
             optimizers.append(OptimizerLayout(place, name, built_for, len(variables)))
             values += variables
-    return Snapshot(StateLayout(layouts, optimizers, windows.pending), values)
+    return Snapshot(layout._replace(optimizers=optimizers), values)
 
 
 def put_back(
@@ -147,8 +157,9 @@ def put_back(
         ValueError: The values are not those of the layout.
     """
     layout, values = snapshot
-    if not _fits(model, layout) or not windows.arrange(layout.windows):
+    if not _fits(model, layout) or not windows.takes(layout):
         return False
+    windows.arrange(layout.windows)
     variables = windows.state(layout.windows)
     if listed is None:
         values = values[: len(variables)]
@@ -162,13 +173,18 @@ def put_back(
     fitting = [_fitting(value, variable) for value, variable in zip(values, variables)]
     for variable, value in zip(variables, fitting):
         variable.assign(value)
+    if layout.windows and windows.pending != layout.pending:
+        raise not_as_written(f"{layout.pending} micro-batches are expected", windows.pending)
     return True
 
 
 def _fits(model: Any, layout: StateLayout) -> bool:
-    """Whether a model has the optimizers and the weights of a layout."""
+    """Whether a model has the optimizers of a layout, which train the weights that they did."""
     names = [type(optimizer).__name__ for optimizer in _keras.optimizers_within(model)]
     count = len(_keras.weights_of(model))
+    is_built = any(each.built_for for each in layout.optimizers)
+    if is_built and layout.trained != _keras.trained_positions(model):
+        return False
     return all(
         each.optimizer < len(names)
         and names[each.optimizer] == each.class_name

@@ -118,8 +118,9 @@ class Accumulating:
             How many micro-batches it held; 0 changes nothing.
 
         Raises:
-            RuntimeError: It is called while a `tf.function` is traced, or on a window that a
-                checkpoint has restored and no training step has seen.
+            RuntimeError: It is called while a `tf.function` is traced; or before any training
+                step, on a restored window whose update only a step can show (a moving average
+                follows it, or tensors are passed to `apply_gradients`).
 
         Example:
             >>> import numpy as np, tf_keras, ga_transform as ga
@@ -164,11 +165,15 @@ class Accumulating:
         if known is not None and known.belong_to(self):
             return known
         if known is not None and known.pending:
-            warnings.warn(
-                f"compile has discarded {known.pending} pending micro-batches of {self.name!r}. "  # type: ignore[attr-defined]
-                "Call flush() before compile() to apply them.",
-                stacklevel=3,
+            reason = (
+                "a checkpoint of a model with other weights to train, other steps or another "
+                f"compile has brought {self.name!r} {known.pending} pending micro-batches, which "  # type: ignore[attr-defined]
+                "are dropped. Call flush() before saving it."
+                if known.is_misfit
+                else f"compile has discarded {known.pending} pending micro-batches of "
+                f"{self.name!r}. Call flush() before compile() to apply them."  # type: ignore[attr-defined]
             )
+            warnings.warn(reason, stacklevel=4)
         if known is not None:
             _keras.forget_traces(self)
         self._accumulation = Windows(self)

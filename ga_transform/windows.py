@@ -51,7 +51,9 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         #: Whether a step of the model has come here.
         self.has_stepped = False
         self._warned = self._no_dependency(set())
-        self.layout = _Layout(self)  # checkpointed under this name
+        #: Whether a checkpoint has restored what cannot go on here.
+        self.is_misfit = False
+        self.written_layout = _Layout(self)  # checkpointed under this name
         optimizers = _keras.optimizers_of(model)
         self._optimizers = frozenset(map(id, optimizers))
         for optimizer in optimizers:
@@ -68,7 +70,8 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
     def belong_to(self, model: Any) -> bool:
         """Whether the model is compiled as it was, with optimizers that it still has."""
         return (
-            self._compiled_loss is model.compiled_loss
+            not self.is_misfit
+            and self._compiled_loss is model.compiled_loss
             and self._jit_compile == model.jit_compile
             and self._optimizers <= set(map(id, _keras.optimizers_of(model)))
         )
@@ -208,8 +211,11 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
     # ---- in files --------------------------------------------------------------------------
 
-    def written(self) -> list[WindowLayout]:
-        """The layouts of the windows, but for those that train what is no weight of the model."""
+    def written(self) -> StateLayout:
+        """The layout of the windows, without the optimizers.
+
+        Windows that train what is no weight of the model are left out.
+        """
         places, positions = self._places(), _keras.positions_of(self._model())
         layouts = []
         for key, window in self._windows.items():
@@ -218,25 +224,27 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 # What follows an update is known when a step has been traced.
                 call = None if self._followers.get(id(window)) else self._calls.get(key)
                 layouts.append(WindowLayout(place, turn, call, books))
-        return layouts
+        return StateLayout(layouts, _keras.trained_positions(self._model()), self.pending)
 
-    def arrange(self, layouts: Sequence[WindowLayout]) -> bool:
-        """Make the windows of layouts and the sums in them; all others hold nothing.
-
-        Returns:
-            Whether the model has the optimizers and the weights that they name, which a model
-            that is not built has not. Else nothing changes.
-        """
+    def takes(self, layout: StateLayout) -> bool:
+        """Whether windows of a layout can go on here, with the gradients that they hold."""
         model = self._model()
         optimizers, weights = _keras.optimizers_within(model), _keras.weights_of(model)
-        for layout in layouts:
-            sums = [each for book in layout.books.values() for each in book]
-            if layout.optimizer >= len(optimizers):
-                return False
-            if any(each.position >= len(weights) for each in sums):
-                return False
-            if self._jit_compile and any(each.is_sparse for each in sums):
-                return False
+        begun = [window for window in layout.windows if window.books]
+        sums = [each for window in begun for book in window.books.values() for each in book]
+        return (
+            all(window.optimizer < len(optimizers) for window in layout.windows)
+            and all(each.position < len(weights) for each in sums)
+            and not (self._jit_compile and any(each.is_sparse for each in sums))
+            # What is frozen since must not move, and a window of one stores nothing.
+            and (not begun or layout.trained == _keras.trained_positions(model))
+            and (not begun or self.accumulate.steps != 1)
+        )
+
+    def arrange(self, layouts: Sequence[WindowLayout]) -> None:
+        """Make the windows of layouts and the sums in them; all others hold nothing."""
+        model = self._model()
+        optimizers, weights = _keras.optimizers_within(model), _keras.weights_of(model)
         named = set()
         for layout in layouts:
             optimizer = optimizers[layout.optimizer]
@@ -247,7 +255,16 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 self.update_of(optimizer, layout.turn, *layout.call)
         for key in self._windows.keys() - named:
             self._windows[key].discard()
-        return True
+
+    def restored(self, layout: StateLayout) -> None:
+        """Prepare for values that a checkpoint is about to restore."""
+        if not _keras.weights_of(self._model()):
+            return  # not built: variables are restored as they are made
+        self.is_misfit = not self.takes(layout)
+        if self.is_misfit:
+            self._model().train_function = None  # has the next step find out
+        else:
+            self.arrange(layout.windows)
 
     def state(self, layouts: Sequence[WindowLayout]) -> list[tf.Variable]:
         """The variables in the order of layouts that are arranged."""
@@ -278,10 +295,10 @@ class _Layout(tf.train.experimental.PythonState):  # type: ignore[misc]
         self._windows = windows
 
     def serialize(self) -> str:
-        return json.dumps(StateLayout(self._windows.written()).to_config())
+        return json.dumps(self._windows.written().to_config())
 
     def deserialize(self, text: Union[bytes, str]) -> None:
-        self._windows.arrange(StateLayout.from_config(json.loads(text)).windows)
+        self._windows.restored(StateLayout.from_config(json.loads(text)))
 
 
 def _as_handed(gradient: Gradient, dtype: tf.DType) -> Gradient:

@@ -249,11 +249,12 @@ def test_a_forged_chain_is_refused(tmp_path_factory, whole, data):
     """A chain of a file is checked as if it were typed by hand: one line says what is wrong."""
     model = saved_models.made("own transform")
     config = model.get_config()
-    places = [path for path in places_in(config["transforms"]) if path]
+    places = [path for path in places_in(config["ga_transform"]["transforms"]) if path]
     place = data.draw(st.sampled_from(places))
-    forged = replaced(config["transforms"], place, data.draw(JUNK))
+    own = config["ga_transform"]
+    forged = {**own, "transforms": replaced(own["transforms"], place, data.draw(JUNK))}
     try:
-        other = type(model).from_config({**config, "transforms": forged})
+        other = type(model).from_config({**config, "ga_transform": forged})
     except (TypeError, ValueError) as error:
         assert len(str(error).splitlines()) == 1
     else:
@@ -279,7 +280,7 @@ def test_a_file_whose_chain_is_unknown(tmp_path, whole, forged, text):
 
     def change(name, config):
         if name == "config.json":
-            config["config"]["transforms"] = forged
+            config["config"]["ga_transform"]["transforms"] = forged
         return config
 
     rewritten(whole / "model.keras", tmp_path / "model.keras", change)

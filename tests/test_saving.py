@@ -310,18 +310,157 @@ def test_an_export_serves(tmp_path):
 
 @pytest.mark.parametrize("file", ["model.keras", "savedmodel"])
 def test_a_model_that_is_compiled_by_hand_after_loading(tmp_path, file):
-    """Its window goes on with an optimizer of the same class; with another it starts again."""
+    """Its window starts again, as its optimizer does, with a warning; saved before, it is kept."""
     model = small()
     model.train_on_batch(X, Y)
     model.save(tmp_path / file)
     loaded = tf_keras.models.load_model(tmp_path / file, compile=False)
-    assert loaded.pending_micro_batches == 0
-    loaded.compile("adam", "mse")
-    assert loaded.pending_micro_batches == 1
-    loaded = tf_keras.models.load_model(tmp_path / file, compile=False)
+    loaded.save(tmp_path / "again.keras")
+    with pytest.warns(UserWarning, match="strip_accumulating leaves out 1 pending"):
+        assert type(ga.strip_accumulating(loaded)) is tf_keras.Sequential
     with pytest.warns(UserWarning, match="had 1 pending micro-batches, which are dropped"):
-        loaded.compile("sgd", "mse")
+        loaded.compile("adam", "mse")
+    assert (loaded.pending_micro_batches, int(loaded.optimizer.iterations)) == (0, 0)
+
+
+@tf_keras.utils.register_keras_serializable("tests")
+class OwnCompile(tf_keras.Model):
+    """With a `compile` that loaders do not call, and an optimizer of its own name."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.layer = tf_keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.layer(x)
+
+    def compile(self, layer_optimizer):
+        super().compile()
+        self.layer_optimizer = layer_optimizer
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x) - y) ** 2)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.layer_optimizer.apply_gradients(zip(gradients, self.trainable_variables))
+        return {"loss": loss}
+
+
+def test_a_compile_of_ones_own_after_loading(tmp_path):
+    """The window goes on once the optimizers are there."""
+    model = OwnCompile()
+    model(X)
+    model.compile(tf_keras.optimizers.SGD(0.1))
+    ga.make_accumulating(model, 3, inplace=True)
+    for _ in range(2):
+        model.train_on_batch(X, Y)
+    model.save(tmp_path / "model.keras")
+    loaded = tf_keras.models.load_model(tmp_path / "model.keras")
     assert loaded.pending_micro_batches == 0
+    loaded.compile(tf_keras.optimizers.SGD(0.1))
+    assert loaded.pending_micro_batches == 2
+    for each in (model, loaded):
+        each.train_on_batch(2 * X, Y)
+    np.testing.assert_allclose(loaded.get_weights()[0], model.get_weights()[0], rtol=1e-6)
+
+
+@tf_keras.utils.register_keras_serializable("tests")
+class Pair(tf_keras.layers.Layer):
+    """Two layers of one shape, whose order among the weights changes with what is frozen."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.one, self.two = tf_keras.layers.Dense(2), tf_keras.layers.Dense(2)
+
+    def call(self, x):
+        return self.two(self.one(x))
+
+
+def pair(**arguments):
+    model = tf_keras.Sequential([tf_keras.Input([2]), Pair()])
+    model.layers[0].one.trainable = False
+    model.compile("adam", "mse")
+    return ga.make_accumulating(model, **{"accum_steps": 3, "inplace": True, **arguments})
+
+
+@pytest.mark.parametrize("file", ["model.keras", "savedmodel", "checkpoint"])
+def test_what_is_frozen_does_not_move(tmp_path, file):
+    """A window goes to the weights that it came from; where others are trained, it is dropped.
+
+    tf_keras forgets that a layer within a layer is frozen.
+    """
+    model = pair()
+    model.train_on_batch(X, X[:, :1])
+    if file == "checkpoint":
+        loaded = pair()
+        loaded.layers[0].one.trainable = True
+        loaded.compile("adam", "mse")
+        loaded.train_on_batch(X, X[:, :1])
+        path = tf.train.Checkpoint(model).write(str(tmp_path / file))
+        tf.train.Checkpoint(loaded).read(path)
+        with pytest.warns(UserWarning, match="1 pending micro-batches, which are dropped"):
+            assert loaded.flush() == 0
+    else:
+        model.save(tmp_path / file)
+        with pytest.warns(UserWarning, match="had 1 pending micro-batches, which are dropped"):
+            loaded = tf_keras.models.load_model(tmp_path / file)
+    before = loaded.get_weights()
+    assert loaded.flush() == 0
+    tf.nest.map_structure(np.testing.assert_array_equal, loaded.get_weights(), before)
+    loaded.train_on_batch(X, X[:, :1])  # as a model that trains all its weights does
+    assert loaded.pending_micro_batches == 1
+
+
+@pytest.mark.parametrize("settings", [{"steps": 1}, {"jit_compile": True}, {"steps": {0: 2, 5: 3}}])
+def test_a_checkpoint_of_other_windows(tmp_path, settings):
+    """Where its window cannot go on, it is dropped with a warning; else it ends with the new steps."""
+
+    def words(steps=3, **arguments):
+        embedding = tf_keras.layers.Embedding(9, 3)
+        pooling = tf_keras.layers.GlobalAveragePooling1D()
+        model = tf_keras.Sequential([tf_keras.Input([4], dtype="int32"), embedding, pooling])
+        model.compile("sgd", "mse", **arguments)
+        return ga.make_accumulating(model, steps)
+
+    x, y = np.ones([2, 4], "int32"), np.ones([2, 3], "float32")
+    model, other = words(), words(**settings)
+    for _ in range(2):
+        model.train_on_batch(x, y)
+    path = tf.train.Checkpoint(model).write(str(tmp_path / "checkpoint"))
+    for trained in (0, 1):  # before and after its function is traced
+        for _ in range(trained):
+            other.train_on_batch(x, y)
+        tf.train.Checkpoint(other).read(path)
+        updates = int(other.optimizer.iterations)
+        if isinstance(settings.get("steps"), dict):
+            assert other.pending_micro_batches == 2
+            other.train_on_batch(x, y)
+        else:
+            with pytest.warns(UserWarning, match="2 pending micro-batches, which are dropped"):
+                other.train_on_batch(x, y)
+        is_last = settings.get("steps") is not None
+        assert int(other.optimizer.iterations) == updates + is_last
+        assert other.pending_micro_batches == (0 if is_last else 1)
+
+
+def test_weights_that_are_no_variables(tmp_path):
+    """A vocabulary is among the weights of its layer: files of weights are loaded all the same."""
+
+    def text():
+        words = tf_keras.layers.TextVectorization(output_sequence_length=3)
+        words.adapt(["one two three"])
+        inputs = tf_keras.Input([], dtype=tf.string)
+        hidden = tf_keras.layers.Embedding(9, 2)(words(inputs))
+        model = tf_keras.Model(inputs, tf_keras.layers.Flatten()(hidden))
+        model.compile("sgd", "mse")
+        return ga.make_accumulating(model, 2, inplace=True)
+
+    model, other = text(), text()
+    model.save_weights(tmp_path / "w.weights.h5")
+    other.load_weights(tmp_path / "w.weights.h5")
+    x = tf.constant(["two one"])
+    np.testing.assert_allclose(other(x), model(x))
 
 
 def test_configs_and_clones(tmp_path):

@@ -303,7 +303,7 @@ class _Book(AutoTrackable):  # type: ignore[misc]
         return [
             SumLayout(
                 positions[reference],
-                stored.values.dtype.name,
+                stored.state()[0].dtype.name,
                 isinstance(stored, _SparseSum),
                 reference in self._idle,
             )
@@ -373,14 +373,15 @@ class _SparseSum(AutoTrackable):  # type: ignore[misc]
     def __init__(self, shape: tf.TensorShape, dtype: tf.DType) -> None:
         row = shape[1:]
         self._dense_shape = tuple(shape)
-        self.values = tf.Variable(tf.zeros([0, *row], dtype), trainable=False, shape=[None, *row])
+        # By another name than a dense sum's, for which a checkpoint must not take it.
+        self.slices = tf.Variable(tf.zeros([0, *row], dtype), trainable=False, shape=[None, *row])
         self.rows = tf.Variable(tf.zeros([0], tf.int64), trainable=False, shape=[None])
 
     def state(self) -> list[tf.Variable]:
-        return [self.values, self.rows]
+        return [self.slices, self.rows]
 
     def clear(self) -> None:
-        self._write(self.values[:0], self.rows[:0])
+        self._write(self.slices[:0], self.rows[:0])
 
     def put(self, gradient: Gradient) -> None:
         self._write(*self._parts(gradient))
@@ -391,18 +392,18 @@ class _SparseSum(AutoTrackable):  # type: ignore[misc]
 
     def plus(self, gradient: Gradient) -> tf.IndexedSlices:
         values, rows = self._parts(gradient)
-        return self._slices(tf.concat([self.values, values], 0), tf.concat([self.rows, rows], 0))
+        return self._slices(tf.concat([self.slices, values], 0), tf.concat([self.rows, rows], 0))
 
     def read(self) -> Gradient:
-        return self._slices(self.values.read_value(), self.rows.read_value())
+        return self._slices(self.slices.read_value(), self.rows.read_value())
 
     def _write(self, values: tf.Tensor, rows: tf.Tensor) -> None:
-        self.values.assign(values)
+        self.slices.assign(values)
         self.rows.assign(rows)
 
     def _parts(self, gradient: Gradient) -> tuple[tf.Tensor, tf.Tensor]:
         slices = as_slices(gradient)
-        return tf.cast(slices.values, self.values.dtype), tf.cast(slices.indices, tf.int64)
+        return tf.cast(slices.values, self.slices.dtype), tf.cast(slices.indices, tf.int64)
 
     def _slices(self, values: tf.Tensor, rows: tf.Tensor) -> tf.IndexedSlices:
         return tf.IndexedSlices(values, rows, tf.constant(self._dense_shape, tf.int64))
