@@ -201,7 +201,7 @@ def strip_accumulating(model: Any, *, inplace: bool = False) -> Any:
             f"strip_accumulating.model must be a converted model; got {type(model).__name__} "
             f"{model.name!r}. It is plain already."
         )
-    pending = model._kept_micro_batches or model.pending_micro_batches
+    pending = model._kept_micro_batches() or model.pending_micro_batches
     if pending:
         warnings.warn(
             f"strip_accumulating leaves out {pending} pending micro-batches of {model.name!r}. "

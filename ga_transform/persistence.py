@@ -57,7 +57,6 @@ class Persistent:
             mend_wrapper(getattr(self, "optimizer", None))
             self._open_windows()
 
-    @property
     def _kept_micro_batches(self) -> int:
         """The pending micro-batches of what was read, and waits for `compile`."""
         if "_accumulating_state" in vars(self):
@@ -87,10 +86,14 @@ class Persistent:
         )
         dropped = snapshot.layout.pending - windows.pending
         if dropped > 0:
+            reason = "the model has other optimizers or other weights to train here"
+            if not snapshot.layout.windows:
+                reason = "the file does not hold its window"
+            elif not is_compiled_by_loader:
+                reason = "the model was compiled by hand after it was loaded"
             warnings.warn(
                 f"{self.name}: what was loaded had {dropped} pending micro-batches, which are "
-                "dropped: its window starts again. Call flush() before saving as HDF5 or without "
-                "the optimizer, or save as .keras and load with compile=True.",
+                f"dropped, because {reason}. Call flush() before saving to apply them.",
                 stacklevel=3,
             )
         elif is_compiled_by_loader and not fits:

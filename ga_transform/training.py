@@ -109,7 +109,9 @@ class Accumulating:
     def pending_micro_batches(self) -> int:
         """How many micro-batches are accumulated and not yet applied."""
         windows = vars(self).get("_accumulation")  # to look at them opens none
-        return windows.pending if isinstance(windows, Windows) else 0
+        if not isinstance(windows, Windows) or not windows.belong_to(self):
+            return 0
+        return windows.pending
 
     def flush(self) -> int:
         """Apply a partial window now, with its own weights.

@@ -366,7 +366,7 @@ def test_a_compile_of_ones_own_after_loading(tmp_path):
 
 
 @tf_keras.utils.register_keras_serializable("tests")
-class Pair(tf_keras.layers.Layer):
+class FrozenPair(tf_keras.layers.Layer):
     """Two layers of one shape, whose order among the weights changes with what is frozen."""
 
     def __init__(self, **kwargs):
@@ -378,7 +378,7 @@ class Pair(tf_keras.layers.Layer):
 
 
 def pair(**arguments):
-    model = tf_keras.Sequential([tf_keras.Input([2]), Pair()])
+    model = tf_keras.Sequential([tf_keras.Input([2]), FrozenPair()])
     model.layers[0].one.trainable = False
     model.compile("adam", "mse")
     return ga.make_accumulating(model, **{"accum_steps": 3, "inplace": True, **arguments})
