@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Optional
 
 import tensorflow as tf
 import tf_keras
@@ -18,6 +18,7 @@ __all__ = [
     "is_legacy",
     "keys_built_for",
     "mend_wrapper",
+    "positions_built_for",
     "state_of",
 ]
 
@@ -49,6 +50,23 @@ def keys_built_for(optimizer: Any) -> list[str]:
     if not getattr(optimizer, "_built", False):
         return []
     return sorted(optimizer._index_dict, key=optimizer._index_dict.get)
+
+
+def positions_built_for(optimizer: Any, positions: Mapping[Any, int]) -> Optional[list[int]]:
+    """Where the variables stand that an optimizer has slots for; None, if one stands nowhere.
+
+    Args:
+        optimizer: An optimizer of tf_keras; of another, nothing is known.
+        positions: By reference, the positions of a model's weights.
+    """
+    if not _keras.is_of_keras(optimizer):
+        return None
+    by_key = {
+        _keras.variable_key(optimizer, reference.deref()): position
+        for reference, position in positions.items()
+    }
+    keys = keys_built_for(optimizer)
+    return [by_key[key] for key in keys] if by_key.keys() >= set(keys) else None
 
 
 def build_for(optimizer: Any, variables: Sequence[tf.Variable]) -> None:

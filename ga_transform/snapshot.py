@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from ga_transform import _keras
 from ga_transform.layouts import OptimizerLayout, StateLayout, not_as_written
-from ga_transform.optimizer_state import build_for, keys_built_for
+from ga_transform.optimizer_state import build_for, positions_built_for
 from ga_transform.windows import Windows
 
 __all__ = ["Snapshot", "put_back", "take_snapshot"]
@@ -121,13 +121,8 @@ def take_snapshot(
     optimizers = []
     positions = _keras.positions_of(model)
     for place, optimizer, variables in _by_optimizer(model, listed):
-        by_key = {
-            _keras.variable_key(optimizer, reference.deref()): position
-            for reference, position in positions.items()
-        }
-        keys = keys_built_for(optimizer)
-        if variables and by_key.keys() >= set(keys):
-            built_for = [by_key[key] for key in keys]
+        built_for = positions_built_for(optimizer, positions)
+        if variables and built_for is not None:
             name = type(optimizer).__name__
             optimizers.append(OptimizerLayout(place, name, built_for, len(variables)))
             values += variables

@@ -14,9 +14,10 @@ from ga_transform import _keras
 from ga_transform.chain import Chain
 from ga_transform.diversion import running, undiverted
 from ga_transform.errors import InexactWarning
-from ga_transform.layouts import Call, StateLayout, Turn, WindowLayout, plain_call
+from ga_transform.layouts import Call, OptimizerLayout, StateLayout, Turn, WindowLayout, plain_call
 from ga_transform.neighbours import couplings_of, pass_counters_of
 from ga_transform.numerics import Gradient
+from ga_transform.optimizer_state import build_for, positions_built_for
 from ga_transform.specs import Accumulate
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Update, Window
@@ -224,7 +225,17 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 # What follows an update is known when a step has been traced.
                 call = None if self._followers.get(id(window)) else self._calls.get(key)
                 layouts.append(WindowLayout(place, turn, call, books))
-        return StateLayout(layouts, _keras.trained_positions(self._model()), self.pending)
+        trained = _keras.trained_positions(self._model())
+        return StateLayout(layouts, trained, self.pending, self._built())
+
+    def _built(self) -> list[OptimizerLayout]:
+        """What the optimizers have slots for, but for those that train other variables, too."""
+        positions, built = _keras.positions_of(self._model()), []
+        for place, optimizer in enumerate(_keras.optimizers_within(self._model())):
+            built_for = positions_built_for(optimizer, positions)
+            if built_for:
+                built.append(OptimizerLayout(place, type(optimizer).__name__, built_for, 0))
+        return built
 
     def takes(self, layout: StateLayout) -> bool:
         """Whether windows of a layout can go on here, with the gradients that they hold."""
@@ -234,6 +245,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         sums = [each for window in begun for book in window.books.values() for each in book]
         return (
             all(window.optimizer < len(optimizers) for window in layout.windows)
+            and all(each.optimizer < len(optimizers) for each in layout.optimizers)
             and all(each.position < len(weights) for each in sums)
             and not (self._jit_compile and any(each.is_sparse for each in sums))
             # What is frozen since must not move, and a window of one stores nothing.
@@ -263,8 +275,17 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self.is_misfit = not self.takes(layout)
         if self.is_misfit:
             self._model().train_function = None  # has the next step find out
-        else:
-            self.arrange(layout.windows)
+            return
+        self.arrange(layout.windows)
+        # Else their slots would be made at the end of the window, when newer checkpoints may have
+        # taken the place of this.
+        optimizers, weights = (
+            _keras.optimizers_within(self._model()),
+            _keras.weights_of(self._model()),
+        )
+        for each in layout.optimizers:
+            if layout.trained == _keras.trained_positions(self._model()):
+                build_for(optimizers[each.optimizer], [weights[place] for place in each.built_for])
 
     def state(self, layouts: Sequence[WindowLayout]) -> list[tf.Variable]:
         """The variables in the order of layouts that are arranged."""
