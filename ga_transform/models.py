@@ -18,7 +18,6 @@ from ga_transform.diversion import release
 from ga_transform.errors import wrong_type
 from ga_transform.loss_terms import stop_recording
 from ga_transform.neighbours import WRITERS_OF_CLASS
-from ga_transform.optimizer_state import mend_wrapper
 from ga_transform.persistence import Persistent
 from ga_transform.training import Accumulating
 
@@ -150,7 +149,6 @@ def become_accumulating(model: Any, chain: Chain) -> None:
     model.train_function = None  # what is traced already does not accumulate
     _keras.forget_traces(model)
     if model._is_compiled:
-        mend_wrapper(getattr(model, "optimizer", None))
         model._open_windows()  # so that a checkpoint taken before any step holds a count
 
 

@@ -25,7 +25,7 @@ import tf_keras
 
 from ga_transform import _keras
 from ga_transform.classes import as_plain, as_registered
-from ga_transform.optimizer_state import beside_lists, is_legacy, mend_wrapper, state_of
+from ga_transform.optimizer_state import beside_lists, is_legacy, state_of
 from ga_transform.snapshot import Snapshot, put_back, take_snapshot
 from ga_transform.windows import Windows
 
@@ -45,7 +45,6 @@ class Persistent:
     @functools.wraps(_keras.Model.compile)
     def compile(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102  (it is that of `wraps`)
         super().compile(*args, **kwargs)  # type: ignore[misc]
-        mend_wrapper(getattr(self, "optimizer", None))
         # Loaders of HDF5 and SavedModel compile a model when its weights are in place.
         self._resume(kwargs.get("from_serialized", False))
 
@@ -54,7 +53,6 @@ class Persistent:
         with as_plain(self):
             self.compile_from_config(config)
         if self._is_compiled:
-            mend_wrapper(getattr(self, "optimizer", None))
             self._open_windows()
 
     def _kept_micro_batches(self) -> int:

@@ -17,7 +17,7 @@ from ga_transform.errors import InexactWarning
 from ga_transform.layouts import Call, OptimizerLayout, StateLayout, Turn, WindowLayout, plain_call
 from ga_transform.neighbours import couplings_of, pass_counters_of
 from ga_transform.numerics import Gradient
-from ga_transform.optimizer_state import build_for, positions_built_for
+from ga_transform.optimizer_state import build_for, mend_wrapper, positions_built_for
 from ga_transform.specs import Accumulate
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Update, Window
@@ -58,6 +58,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         optimizers = _keras.optimizers_of(model)
         self._optimizers = frozenset(map(id, optimizers))
         for optimizer in optimizers:
+            mend_wrapper(optimizer)
             self.open(optimizer)
         self._pass_counters = self._no_dependency(pass_counters_of(model))
         couplings = couplings_of(model)
@@ -213,7 +214,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
     # ---- in files --------------------------------------------------------------------------
 
     def written(self) -> StateLayout:
-        """The layout of the windows, without the optimizers.
+        """The layout of the windows, and of what the optimizers have slots for.
 
         Windows that train what is no weight of the model are left out.
         """
@@ -270,21 +271,19 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
     def restored(self, layout: StateLayout) -> None:
         """Prepare for values that a checkpoint is about to restore."""
-        if not _keras.weights_of(self._model()):
+        model = self._model()
+        optimizers, weights = _keras.optimizers_within(model), _keras.weights_of(model)
+        if not weights:
             return  # not built: variables are restored as they are made
         self.is_misfit = not self.takes(layout)
         if self.is_misfit:
-            self._model().train_function = None  # has the next step find out
+            model.train_function = None  # has the next step find out
             return
         self.arrange(layout.windows)
         # Else their slots would be made at the end of the window, when newer checkpoints may have
         # taken the place of this.
-        optimizers, weights = (
-            _keras.optimizers_within(self._model()),
-            _keras.weights_of(self._model()),
-        )
-        for each in layout.optimizers:
-            if layout.trained == _keras.trained_positions(self._model()):
+        if layout.trained == _keras.trained_positions(model):
+            for each in layout.optimizers:
                 build_for(optimizers[each.optimizer], [weights[place] for place in each.built_for])
 
     def state(self, layouts: Sequence[WindowLayout]) -> list[tf.Variable]:

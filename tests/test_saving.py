@@ -1,5 +1,6 @@
 """A converted model is saved and loaded as SavedModel, HDF5 and .keras."""
 
+import copy
 import subprocess
 import sys
 
@@ -268,6 +269,7 @@ def test_saving_changes_nothing_in_memory(tmp_path):
         model.save(tmp_path / "model.h5")
     model.export(tmp_path / "exported")
     model.to_json()
+    assert copy.deepcopy(model).pending_micro_batches == 1
     assert type(model) is models.AccumulatingSequential
     assert model.optimizer is optimizer
     assert model.pending_micro_batches == 1

@@ -16,15 +16,8 @@ import tensorflow as tf
 from ga_transform._keras import AutoTrackable
 from ga_transform.layouts import SumLayout
 from ga_transform.loss_terms import MEAN
-from ga_transform.numerics import (
-    Gradient,
-    added,
-    as_dense,
-    as_slices,
-    map_values,
-    values_of,
-    widened,
-)
+from ga_transform.numerics import Gradient, added, map_values, values_of, widened
+from ga_transform.stages.sums import DenseSum, SparseSum
 
 __all__ = ["Share", "Update", "Window"]
 
@@ -304,7 +297,7 @@ class _Book(AutoTrackable):  # type: ignore[misc]
             SumLayout(
                 positions[reference],
                 stored.state()[0].dtype.name,
-                isinstance(stored, _SparseSum),
+                isinstance(stored, SparseSum),
                 reference in self._idle,
             )
             for reference, stored in self._sums.items()
@@ -328,85 +321,11 @@ class _Book(AutoTrackable):  # type: ignore[misc]
         self, variable: tf.Variable, dtype: tf.DType, *, is_sparse: bool, is_idle: bool
     ) -> None:
         with tf.init_scope():
-            made = (_SparseSum if is_sparse else _DenseSum)(variable.shape, dtype)
+            made = (SparseSum if is_sparse else DenseSum)(variable.shape, dtype)
         setattr(self, f"sum_{len(self._sums)}", made)  # checkpointed under this name
         self._sums[variable.ref()] = made
         if is_idle:
             self._idle.add(variable.ref())
-
-
-class _DenseSum(AutoTrackable):  # type: ignore[misc]
-    """A sum of gradients of a variable's whole shape."""
-
-    def __init__(self, shape: tf.TensorShape, dtype: tf.DType) -> None:
-        self.values = tf.Variable(tf.zeros(shape, dtype), trainable=False)
-
-    def state(self) -> list[tf.Variable]:
-        return [self.values]
-
-    def clear(self) -> None:
-        self.values.assign(tf.zeros_like(self.values))
-
-    def put(self, gradient: Gradient) -> None:
-        self.values.assign(as_dense(self._cast(gradient), self.values))
-
-    def add(self, gradient: Gradient) -> None:
-        gradient = self._cast(gradient)
-        if isinstance(gradient, tf.IndexedSlices):
-            self.values.scatter_add(gradient)
-        else:
-            self.values.assign_add(gradient)
-
-    def plus(self, gradient: Gradient) -> Gradient:
-        return self.values + as_dense(self._cast(gradient), self.values)
-
-    def read(self) -> Gradient:
-        return self.values.read_value()
-
-    def _cast(self, gradient: Gradient) -> Gradient:
-        return map_values(lambda values: tf.cast(values, self.values.dtype), gradient)
-
-
-class _SparseSum(AutoTrackable):  # type: ignore[misc]
-    """A sum of slices, kept as the slices themselves: no pass over the table they are of."""
-
-    def __init__(self, shape: tf.TensorShape, dtype: tf.DType) -> None:
-        row = shape[1:]
-        self._dense_shape = tuple(shape)
-        # By another name than a dense sum's, for which a checkpoint must not take it.
-        self.slices = tf.Variable(tf.zeros([0, *row], dtype), trainable=False, shape=[None, *row])
-        self.rows = tf.Variable(tf.zeros([0], tf.int64), trainable=False, shape=[None])
-
-    def state(self) -> list[tf.Variable]:
-        return [self.slices, self.rows]
-
-    def clear(self) -> None:
-        self._write(self.slices[:0], self.rows[:0])
-
-    def put(self, gradient: Gradient) -> None:
-        self._write(*self._parts(gradient))
-
-    def add(self, gradient: Gradient) -> None:
-        slices = self.plus(gradient)
-        self._write(slices.values, slices.indices)
-
-    def plus(self, gradient: Gradient) -> tf.IndexedSlices:
-        values, rows = self._parts(gradient)
-        return self._slices(tf.concat([self.slices, values], 0), tf.concat([self.rows, rows], 0))
-
-    def read(self) -> Gradient:
-        return self._slices(self.slices.read_value(), self.rows.read_value())
-
-    def _write(self, values: tf.Tensor, rows: tf.Tensor) -> None:
-        self.slices.assign(values)
-        self.rows.assign(rows)
-
-    def _parts(self, gradient: Gradient) -> tuple[tf.Tensor, tf.Tensor]:
-        slices = as_slices(gradient)
-        return tf.cast(slices.values, self.slices.dtype), tf.cast(slices.indices, tf.int64)
-
-    def _slices(self, values: tf.Tensor, rows: tf.Tensor) -> tf.IndexedSlices:
-        return tf.IndexedSlices(values, rows, tf.constant(self._dense_shape, tf.int64))
 
 
 def _finish(variables: Sequence[tf.Variable], totals: Sequence[Share], update: Update) -> None:
