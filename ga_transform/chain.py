@@ -111,6 +111,12 @@ class Chain:
         return next((spec for spec in self if isinstance(spec, spec_class)), None)
 
     @property
+    def gathers(self) -> bool:
+        """Whether an update may be of several micro-batches."""
+        accumulate = self.find(Accumulate)
+        return self.find(Split) is not None or (accumulate is not None and accumulate.steps != 1)
+
+    @property
     def micro_batch_stages(self) -> tuple[Transform, ...]:
         """The stages before `Accumulate`, which act on each micro-batch's gradient."""
         return self._stages()[0]

@@ -25,7 +25,14 @@ from ga_transform.models import (
     taken_names,
 )
 from ga_transform.shorthands import chain_of
-from ga_transform.specs import Accumulate, BatchNorm, ClipByAGC, Precision, Transform
+from ga_transform.specs import (
+    Accumulate,
+    BatchNorm,
+    ClipByAGC,
+    Precision,
+    Split,
+    Transform,
+)
 from ga_transform.stages import check_stages
 
 __all__ = ["accumulating", "make_accumulating", "strip_accumulating"]
@@ -267,10 +274,14 @@ def _check_model(owner: str, model: Any) -> None:
 def _check_available(chain: Chain) -> None:
     """Refuse what the specs can say and this version does not do yet."""
     for spec in chain:
-        if spec.role != "stage" and not isinstance(spec, Accumulate):
+        if spec.role == "rewrite":
             raise NotImplementedError(
                 f"{type(spec).__name__} cannot be carried out in this version; got {spec}. "
-                "Leave it out: Accumulate, Scale and the clips can be."
+                "Leave it out: Split, Accumulate, Scale and the clips can be."
+            )
+        if isinstance(spec, Split) and spec.whole_batch_loss:
+            raise NotImplementedError(
+                "Split.whole_batch_loss must be False in this version; got True. Leave it out."
             )
     accumulate = chain.find(Accumulate)
     if accumulate is not None and accumulate.on_nonfinite != "window":
@@ -282,8 +293,7 @@ def _check_available(chain: Chain) -> None:
 
 def _warn_of_batch_norm(model: Any, chain: Chain) -> None:
     """Batch norm takes its statistics from the rows of one pass: name the layers once."""
-    accumulate = chain.find(Accumulate)
-    if accumulate is None or accumulate.steps == 1:
+    if not chain.gathers:
         return
     names = [
         layer.name

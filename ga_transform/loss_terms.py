@@ -21,11 +21,13 @@ from ga_transform.rows import count_rows
 __all__ = [
     "MEAN",
     "SUM",
+    "LossCall",
     "LossTerm",
     "disagreeing",
     "is_by_rows",
     "record_losses",
     "stop_recording",
+    "total_of",
 ]
 
 #: A mean over elements: micro-batches are weighted by their counts, and divided by their sum.
@@ -41,34 +43,71 @@ class LossTerm(NamedTuple):
 
     output: str
     kind: str
-    #: The loss times its loss weight. Shape: scalar (or as the loss, where nothing reduces it).
+    #: Shape: scalar (or as the loss, where nothing reduces it).
     value: tf.Tensor
+    #: What the total loss multiplies it by.
+    loss_weight: Any
     #: The elements, or valid elements, that its mean divided by; None where the loss came as
     #: one number, and of nothing that has rows. Shape: scalar, float64.
     divided_by: Optional[tf.Tensor]
     #: What the count is proportional to: equal extents have counts of a constant ratio.
     extent: Hashable
+    #: Of the targets; None where they have none. Shape: scalar, float64.
+    rows: Optional[tf.Tensor]
+    #: Of tf_keras, for the logs; None where there is one output only.
+    metric: Any
+
+    @property
+    def weighted(self) -> tf.Tensor:
+        """The term as it stands in the total loss."""
+        return self.value if self.loss_weight is None else self.value * self.loss_weight
+
+
+class LossCall(NamedTuple):
+    """One call of the compiled loss, of which its metrics have not been told."""
+
+    container: Any
+    terms: list[LossTerm]
+    #: Regularisers and `add_loss`. Shape: scalar.
+    regularization: Optional[tf.Tensor]
+
+    def tell_metrics(self) -> None:
+        """Update the metrics of the loss as tf_keras does: a batch weighs its rows."""
+        rows = next((term.rows for term in self.terms), None)
+        for term in self.terms:
+            if term.metric is not None:
+                term.metric.update_state(term.value, sample_weight=rows)
+        parts = [term.weighted for term in self.terms]
+        parts += [] if self.regularization is None else [self.regularization]
+        if parts:
+            self.container._total_loss_mean.update_state(total_of(parts), sample_weight=rows)
 
 
 @contextmanager
-def record_losses(container: Any, note: Callable[[LossTerm], None]) -> Iterator[None]:
+def record_losses(
+    container: Any,
+    note: Callable[[LossTerm], None],
+    withhold: Optional[Callable[[LossCall], bool]] = None,
+) -> Iterator[None]:
     """Hear of the terms of every call of a compiled loss, which itself runs as ever.
 
     Args:
         container: `model.compiled_loss`; None has no terms.
-        note: Is called with each.
+        note: Is called with each term.
+        withhold: Is called with each call, and says whether it tells the loss's metrics of it
+            later; else they are told at once.
     """
     if type(container) is _keras.LossesContainer:
         container.__class__ = _RecordedLosses
     recorded = isinstance(container, _RecordedLosses)
-    earlier = container._note if recorded else None
+    earlier = (container._note, container._withhold) if recorded else None
     if recorded:
-        container._note = note
+        container._note, container._withhold = note, withhold
     try:
         yield
     finally:
         if recorded:
-            container._note = earlier
+            container._note, container._withhold = earlier
 
 
 def stop_recording(container: Any) -> None:
@@ -76,13 +115,17 @@ def stop_recording(container: Any) -> None:
     if isinstance(container, _RecordedLosses):
         container.__class__ = _keras.LossesContainer
         container.__dict__.pop("_note", None)
+        container.__dict__.pop("_withhold", None)
 
 
 class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
     """A compiled loss that tells its terms to whoever listens."""
 
     _note: Optional[Callable[[LossTerm], None]] = None
+    _withhold: Optional[Callable[[LossCall], bool]] = None
     _losses: Any
+    _per_output_metrics: Any
+    _total_loss_mean: Any
 
     def __call__(
         self,
@@ -95,15 +138,38 @@ class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
             return super().__call__(y_true, y_pred, sample_weight, regularization_losses)
         if not self._built:
             self.build(y_pred)
-        losses = self._losses
+        terms: list[LossTerm] = []
+
+        def note(term: LossTerm) -> None:
+            terms.append(term)
+            self._note(term)  # type: ignore[misc]
+
+        losses, metrics, mean = self._losses, self._per_output_metrics, self._total_loss_mean
         self._losses = [
-            None if loss is None else _RecordedLoss(loss, name, weight, self._note)
-            for loss, name, weight in zip(losses, self._output_names, self._loss_weights)
+            None if loss is None else _RecordedLoss(loss, name, weight, metric, note)
+            for loss, name, weight, metric in zip(
+                losses, self._output_names, self._loss_weights, metrics
+            )
         ]
+        if self._withhold is not None:
+            self._per_output_metrics, self._total_loss_mean = [None] * len(metrics), _Deaf()
         try:
-            return super().__call__(y_true, y_pred, sample_weight, regularization_losses)
+            loss = super().__call__(y_true, y_pred, sample_weight, regularization_losses)
         finally:
-            self._losses = losses
+            self._losses, self._per_output_metrics, self._total_loss_mean = losses, metrics, mean
+        if self._withhold is not None:
+            regularization = total_of(regularization_losses) if regularization_losses else None
+            call = LossCall(self, terms, regularization)
+            if not self._withhold(call):
+                call.tell_metrics()
+        return loss
+
+
+class _Deaf:
+    """Stands in for a metric that is told later."""
+
+    def update_state(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 class _RecordedLoss:
@@ -114,12 +180,18 @@ class _RecordedLoss:
     """
 
     def __init__(
-        self, loss: Any, output: str, weight: Any, note: Callable[[LossTerm], None]
+        self,
+        loss: Any,
+        output: str,
+        weight: Any,
+        metric: Any,
+        note: Callable[[LossTerm], None],
     ) -> None:
         self.reduction = loss.reduction
         self._loss = loss
         self._output = output
         self._weight = weight
+        self._metric = metric
         self._note = note
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
@@ -134,8 +206,10 @@ class _RecordedLoss:
             value = tf.math.divide_no_nan(value, tf.cast(count, value.dtype))
         if mask is None:
             count, extent = _where_one_number(elements, y_true, count, extent)
-        weighted = value if self._weight is None else value * self._weight
-        self._note(LossTerm(self._output, kind, weighted, count, extent))
+        rows = count_rows(y_true)
+        self._note(
+            LossTerm(self._output, kind, value, self._weight, count, extent, rows, self._metric)
+        )
         return value
 
     def _unreduced(
@@ -205,6 +279,12 @@ def disagreeing(terms: list[LossTerm], has_activation_losses: bool) -> list[str]
     if len(parts) < 2 or (len(extents) == 1 and None not in extents):
         return []
     return list(dict.fromkeys(name for name, _ in parts))
+
+
+def total_of(losses: list[tf.Tensor]) -> tf.Tensor:
+    """The sum of losses of any dtypes, in the widest."""
+    widest = max((loss.dtype for loss in losses), key=lambda dtype: dtype.size)
+    return tf.add_n([tf.cast(loss, widest) for loss in losses])
 
 
 def is_by_rows(term: LossTerm) -> bool:

@@ -16,15 +16,17 @@ import tensorflow as tf
 from ga_transform import _keras
 from ga_transform.diversion import divert, running
 from ga_transform.layouts import Turn
-from ga_transform.loss_terms import MEAN, SUM, record_losses
+from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
 from ga_transform.numerics import Gradient, added, map_values, widened
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Share, Window
 from ga_transform.weighting import Weighting
-from ga_transform.windows import Windows
+from ga_transform.windows import Handed, Windows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from ga_transform.split import Slice
 
 __all__ = ["MicroStep"]
 
@@ -39,10 +41,18 @@ class MicroStep:
         is_usual: Whether `train_step` and `compute_loss` are tf_keras's own.
         differentiates_loss: Whether `train_step` is, so that what `compute_loss` returns is
             differentiated as it is, and shown to nobody.
+        slice_: Where the micro-batch is one of a batch, what waits for the others.
     """
 
     def __init__(
-        self, model: Any, windows: Windows, data: Any, *, is_usual: bool, differentiates_loss: bool
+        self,
+        model: Any,
+        windows: Windows,
+        data: Any,
+        *,
+        is_usual: bool,
+        differentiates_loss: bool,
+        slice_: Optional[Slice] = None,
     ) -> None:
         self.model = model
         #: The kind of loss that is differentiated at present, where kinds are kept apart.
@@ -54,6 +64,7 @@ class MicroStep:
         self._differentiates_loss = differentiates_loss and takes_loss_as_it_is
         self._windows = windows
         self._data = data
+        self._slice = slice_
         self._scope = contextlib.ExitStack()
         self._weighting: Weighting
         #: The weight by which the loss is multiplied, and that in units of its window's first.
@@ -78,7 +89,9 @@ class MicroStep:
             keeps_kinds_apart=self.has_kinds,
             is_own_step=not self._is_keras_step,
         )
-        self._scope.enter_context(record_losses(self.model.compiled_loss, self._weighting.note))
+        withhold = None if self._slice is None else self._slice.withhold
+        recording = record_losses(self.model.compiled_loss, self._weighting.note, withhold)
+        self._scope.enter_context(recording)
         self._scope.enter_context(running(self))
         return self
 
@@ -120,8 +133,8 @@ class MicroStep:
         """
         share = _keras.shared_by_replicas
         terms = self._weighting.terms()
-        sums = [term.value for term in terms if term.kind == SUM]
-        means = [share(term.value) for term in terms if term.kind == MEAN]
+        sums = [term.weighted for term in terms if term.kind == SUM]
+        means = [share(term.weighted) for term in terms if term.kind == MEAN]
         means += [share(loss) for loss in _keras.activation_losses(self.model)]
         of_weights = [share(loss) for loss in _keras.weight_losses(self.model)]
         window = self._windows.open(self.model.optimizer)
@@ -129,7 +142,7 @@ class MicroStep:
             # Once a window, and beside a sum nothing divides it: the first brings it along.
             first = tf.equal(window.micro_batches, 0)
             sums += [tf.where(first, loss, tf.zeros_like(loss)) for loss in of_weights]
-        by_kind = {SUM: _total(sums)} if sums else {}  # a target may be absent
+        by_kind = {SUM: total_of([tf.reduce_sum(loss) for loss in sums])} if sums else {}  # a target may be absent
         if means:
             if self._windows.chain.micro_batch_stages:
                 raise ValueError(
@@ -140,7 +153,7 @@ class MicroStep:
             weight = self._weighting.weight(MEAN)
             relative = window.relative(weight)
             self._weighed_by = weight, relative
-            mean = _total(means + of_weights)
+            mean = total_of(means + of_weights)
             by_kind[MEAN] = mean * tf.cast(relative, mean.dtype)
         return by_kind
 
@@ -181,12 +194,17 @@ class MicroStep:
         )
         if kind == MEAN and self._weighed_by is None and not window.is_single:
             gradients = [_times(gradient, relative) for gradient in gradients]
-        update = self._windows.update_of(optimizer, turn, args, kwargs)
+        variables = [variable for _, variable in pairs]
+        iterations = getattr(optimizer, "iterations", None)
 
         def add(shares: list[Share]) -> None:
-            variables = [variable for _, variable in pairs]
-            iterations = getattr(optimizer, "iterations", None)
-            if window.add(variables, shares, weight, iterations, update):
+            if self._slice is None:
+                update = self._windows.update_of(optimizer, turn, args, kwargs)
+                has_grown = window.add(variables, shares, weight, iterations, update)
+            else:
+                has_grown = window.add_slice(variables, shares, weight)
+                self._slice.hand_over(Handed(optimizer, turn, variables, args, kwargs))
+            if has_grown:
                 self._windows.trace_again()
 
         share = Share(kind, _by_reference(gradients, present), relative)
@@ -196,7 +214,7 @@ class MicroStep:
         else:
             self._held.shares.append(share)
             self._held.add = add
-        return getattr(optimizer, "iterations", None)
+        return iterations
 
     def after_update(
         self, follower: Any, variables: Iterable[tf.Variable], action: Callable[[], Any]
@@ -224,6 +242,8 @@ class MicroStep:
 
         if windows:
             self._windows.follow(windows[-1], follower, act)
+            if self._slice is not None:  # the update comes after the slices
+                return tf.constant(0)
         begun = windows[-1].micro_batches > 0 if windows else self._windows.is_begun()
         return tf.cond(begun, lambda: tf.constant(0), act)
 
@@ -296,9 +316,3 @@ def _times(gradient: Gradient, weight: tf.Tensor) -> Gradient:
         widened(gradient),
     )
 
-
-def _total(losses: list[tf.Tensor]) -> tf.Tensor:
-    if len(losses) == 1:
-        return losses[0]
-    widest = max((loss.dtype for loss in losses), key=lambda dtype: dtype.size)
-    return tf.add_n([tf.cast(tf.reduce_sum(loss), widest) for loss in losses])

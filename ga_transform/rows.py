@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import tensorflow as tf
 
-__all__ = ["count_rows", "known_lengths"]
+__all__ = ["count_rows", "known_lengths", "rows_of"]
 
 
 def count_rows(data: Any) -> Optional[tf.Tensor]:
@@ -24,13 +24,19 @@ def count_rows(data: Any) -> Optional[tf.Tensor]:
         3.0
     """
     for item in tf.nest.flatten(data):
-        if isinstance(item, tf.RaggedTensor):
-            return tf.cast(item.nrows(), tf.float64)
-        if isinstance(item, tf.SparseTensor):
-            return tf.cast(item.dense_shape[0], tf.float64)
-        if _shape(item).rank != 0:
-            return tf.cast(tf.shape(item)[0], tf.float64)
+        rows = rows_of(item)
+        if rows is not None:
+            return tf.cast(rows, tf.float64)
     return None
+
+
+def rows_of(item: Any) -> Optional[tf.Tensor]:
+    """The rows of a tensor or an array; None where it has none. Shape: scalar."""
+    if isinstance(item, tf.RaggedTensor):
+        return item.nrows()
+    if isinstance(item, tf.SparseTensor):
+        return item.dense_shape[0]
+    return None if _shape(item).rank == 0 else tf.shape(item)[0]
 
 
 def known_lengths(data: Any) -> list[int]:

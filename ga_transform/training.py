@@ -16,7 +16,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Optional
 
 import tensorflow as tf
 from tf_keras import callbacks as keras_callbacks
@@ -25,7 +25,8 @@ from ga_transform import _keras
 from ga_transform.chain import Chain
 from ga_transform.diversion import current_step
 from ga_transform.micro_step import MicroStep
-from ga_transform.specs import Accumulate
+from ga_transform.specs import Accumulate, Split
+from ga_transform.split import Slice, train_in_slices
 from ga_transform.windows import Windows
 
 __all__ = ["Accumulating"]
@@ -65,6 +66,20 @@ class Accumulating:
             What the model's own `train_step` returns.
         """
         windows = self._open_windows()
+        split = self._accumulating_chain.find(Split)
+        if split is None:
+            return self._micro_step(windows, args, kwargs)
+        return train_in_slices(
+            self,
+            windows,
+            (args, kwargs),
+            split.micro_batch_size,
+            lambda data, slice_: self._micro_step(windows, *data, slice_),
+        )
+
+    def _micro_step(
+        self, windows: Windows, args: Any, kwargs: Any, slice_: Optional[Slice] = None
+    ) -> Any:
         own_step: Any = vars(self).get("_own_train_step", super().train_step)  # type: ignore[misc]
         usual_step = "_own_train_step" not in vars(self) and _keras.is_keras_own(
             self, Accumulating, "train_step"
@@ -78,6 +93,7 @@ class Accumulating:
             data,
             is_usual=usual_step and usual_loss,
             differentiates_loss=usual_step,
+            slice_=slice_,
         ) as step:
             if step.has_kinds:
                 return self._train_step_by_kind(step, data)

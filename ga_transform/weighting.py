@@ -51,7 +51,7 @@ class Weighting:
         self._has_rows = True
         self._keeps_kinds_apart = keeps_kinds_apart
         self._weighting = windows.accumulate.weighting
-        self._matters = windows.accumulate.steps != 1
+        self._matters = windows.chain.gathers
         self._is_own_step = is_own_step and self._matters
         self._batch_weight = self._weigh_batch() if self._is_own_step else None
         if self._is_own_step:

@@ -6,7 +6,7 @@ import json
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import tensorflow as tf
 
@@ -18,11 +18,23 @@ from ga_transform.layouts import Call, OptimizerLayout, StateLayout, Turn, Windo
 from ga_transform.neighbours import couplings_of, pass_counters_of
 from ga_transform.numerics import Gradient
 from ga_transform.optimizer_state import build_for, mend_wrapper, positions_built_for
-from ga_transform.specs import Accumulate
+from ga_transform.specs import Accumulate, Split
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Update, Window
 
-__all__ = ["Windows"]
+__all__ = ["Handed", "Windows"]
+
+
+class Handed(NamedTuple):
+    """A call of an optimizer in a slice of a batch, whose update may come when all are done."""
+
+    optimizer: Any
+    turn: Turn
+    #: What it was handed, with a gradient or without.
+    variables: Sequence[tf.Variable]
+    #: What the model passes to `apply_gradients` beside the gradients.
+    args: Any
+    kwargs: Any
 
 
 class Windows(_keras.AutoTrackable):  # type: ignore[misc]
@@ -35,6 +47,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
     def __init__(self, model: Any) -> None:
         self.chain: Chain = model._accumulating_chain
         self.accumulate = self.chain.find(Accumulate) or Accumulate(1)
+        self._is_split = self.chain.find(Split) is not None
         self._compiled_loss = self._no_dependency(model.compiled_loss)
         self._jit_compile = model.jit_compile
         self._model = self._no_dependency(weakref.ref(model))
@@ -62,7 +75,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             self.open(optimizer)
         self._pass_counters = self._no_dependency(pass_counters_of(model))
         couplings = couplings_of(model)
-        if couplings and self.accumulate.steps != 1:
+        if couplings and self.chain.gathers:
             self.warn_once(
                 "couplings",
                 f"{model.name}: {', '.join(couplings)} couples the rows of a batch, so updates "
@@ -80,7 +93,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
     def hold_pass_counters(self) -> None:
         """Have what counts the passes of training count windows: all but their first pass."""
-        if self._pass_counters and self.accumulate.steps != 1:
+        if self._pass_counters and self.chain.gathers:
             is_begun = self.is_begun()
             for counter in self._pass_counters:
                 counter.assign_sub(tf.cast(is_begun, counter.dtype))
@@ -121,7 +134,9 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         """
         key = (id(optimizer), turn)
         if key not in self._windows:
-            window = Window(self.accumulate.steps, keep_sparse=not self._jit_compile)
+            window = Window(
+                self.accumulate.steps, is_split=self._is_split, keep_sparse=not self._jit_compile
+            )
             place = self._places().get(id(optimizer), "new")
             name = "_".join(map(str, ("window", place, *turn)))
             setattr(self, name, window)  # checkpointed under this name
@@ -157,6 +172,24 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self._updates[id(optimizer), turn] = update
         self._calls[id(optimizer), turn] = plain_call(args, kwargs)
         return update
+
+    def begin_batch(self) -> None:
+        """Prepare for the slices of a batch."""
+        for window in self._windows.values():
+            window.begin_batch()
+
+    def end_batch(self, handed: Handed) -> None:
+        """Make the update of a window that ends with a batch."""
+        optimizer, turn, variables, args, kwargs = handed
+        window = self.open(optimizer, turn)
+        update = self.update_of(optimizer, turn, args, kwargs)
+
+        def update_and_follow(gradients: Any, variables: Any) -> None:
+            update(gradients, variables)
+            for follow in self._followers.get(id(window), {}).values():
+                follow()
+
+        window.end_batch(variables, getattr(optimizer, "iterations", None), update_and_follow)
 
     def follow(self, window: Window, follower: Any, action: Callable[[], Any]) -> None:
         """Have what follows a window's updates in a step follow its flush, too."""

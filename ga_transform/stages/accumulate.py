@@ -40,34 +40,46 @@ class Window(AutoTrackable):  # type: ignore[misc]
     """The micro-batches whose gradients make one update of one optimizer.
 
     Args:
-        steps: Micro-batches a window, or a schedule by updates.
+        steps: Batches a window, or a schedule by updates.
+        is_split: Whether each batch is several micro-batches, and not one.
         keep_sparse: Whether gradients that arrive as slices are stored as slices. The number
             of their rows varies, which XLA does not allow of a variable.
     """
 
-    def __init__(self, steps: Union[int, Mapping[int, int]], keep_sparse: bool = True) -> None:
+    def __init__(
+        self, steps: Union[int, Mapping[int, int]], is_split: bool, keep_sparse: bool
+    ) -> None:
         schedule = steps if isinstance(steps, Mapping) else {0: steps}
         # Tuples, because a list or dict would be wrapped for tracking.
         self._starts = tuple(sorted(schedule))
         self._steps = tuple(schedule[start] for start in self._starts)
+        self._is_split = is_split
         self._keep_sparse = keep_sparse
         self._books = self._no_dependency({})
         with tf.init_scope():
             self.micro_batches = tf.Variable(0, trainable=False, dtype=tf.int64)
             self.reference = tf.Variable(0, trainable=False, dtype=tf.float64)
+            if is_split and self._crosses_batches:
+                self.batches = tf.Variable(0, trainable=False, dtype=tf.int64)
             if len(self._steps) > 1:
                 self.updates = tf.Variable(0, trainable=False, dtype=tf.int64)
 
     @property
     def holds(self) -> int:
-        """The micro-batches that are stored, also while a function is traced."""
+        """The micro-batches that wait for another batch, also while a function is traced."""
+        if not self._crosses_batches:
+            return 0  # what a batch that failed has left is written over
         with tf.init_scope():
             return int(self.micro_batches.numpy())
 
     @property
     def is_single(self) -> bool:
         """Whether every micro-batch is a window, so that nothing need be stored."""
-        return set(self._steps) == {1}
+        return not (self._is_split or self._crosses_batches)
+
+    @property
+    def _crosses_batches(self) -> bool:
+        return set(self._steps) != {1}
 
     def relative(self, weight: tf.Tensor) -> tf.Tensor:
         """A weight in units of that of the window's first micro-batch.
@@ -109,23 +121,10 @@ class Window(AutoTrackable):  # type: ignore[misc]
             return False
         with tied_to_gradients:
             is_last = self.micro_batches + 1 >= self._steps_at(iterations)
-        given = {share.kind: share for share in shares}
-        grown = [self._open(share, variables) for share in shares]
+        has_grown = self._open(shares, variables)
 
         def store() -> tf.Tensor:
-            def put() -> tf.Tensor:
-                self.reference.assign(weight)
-                for book in self._books.values():
-                    book.put(given.get(book.kind))
-                return tf.constant(0)
-
-            def add() -> tf.Tensor:
-                for share in shares:
-                    self._books[share.kind].add(share)
-                return tf.constant(0)
-
-            tf.cond(tf.equal(self.micro_batches, 0), put, add)
-            self.micro_batches.assign_add(1)
+            self._store(shares, weight)
             return tf.constant(0)
 
         def finish() -> tf.Tensor:
@@ -133,11 +132,46 @@ class Window(AutoTrackable):  # type: ignore[misc]
                 store()
                 self.flush(update, variables)
             else:
-                self.flush(update, variables, given)
+                self.flush(update, variables, {share.kind: share for share in shares})
             return tf.constant(0)
 
         tf.cond(is_last, finish, store)
-        return any(grown)
+        return has_grown
+
+    def begin_batch(self) -> None:
+        """Prepare for the slices of a batch."""
+        if not self._crosses_batches:
+            self.micro_batches.assign(0)  # a batch that failed may have left some
+
+    def add_slice(
+        self, variables: Sequence[tf.Variable], shares: Sequence[Share], weight: tf.Tensor
+    ) -> bool:
+        """Take in one slice of a batch; `end_batch` makes the update.
+
+        Args and returns are those of `add`.
+        """
+        has_grown = self._open(shares, variables)
+        self._store(shares, weight)
+        return has_grown
+
+    def end_batch(
+        self, variables: Sequence[tf.Variable], iterations: Any, update: Update
+    ) -> None:
+        """Where the batch is the window's last, make the update.
+
+        Args:
+            variables, iterations, update: As in `add`.
+        """
+
+        def finish() -> tf.Tensor:
+            self.flush(update, variables)
+            return tf.constant(0)
+
+        is_last = self.micro_batches > 0  # the step may have handed over nothing
+        if self._crosses_batches:
+            self.batches.assign_add(tf.cast(is_last, tf.int64))
+            is_last &= self.batches >= self._steps_at(iterations)
+        tf.cond(is_last, finish, lambda: tf.constant(0))
 
     def flush(
         self,
@@ -154,13 +188,32 @@ class Window(AutoTrackable):  # type: ignore[misc]
         """
         totals = [book.total(latest.get(book.kind)) for book in self._books.values()]
         _finish(variables, totals, update)
-        self.micro_batches.assign(0)
+        self.discard()
         if len(self._steps) > 1:
             self.updates.assign_add(1)
 
     def discard(self) -> None:
         """Forget what the window holds."""
-        self.micro_batches.assign(0)
+        for count in self._counts():
+            count.assign(0)
+
+    def _store(self, shares: Sequence[Share], weight: tf.Tensor) -> None:
+        """Write the first micro-batch of a window over what is stored; add the others to it."""
+        given = {share.kind: share for share in shares}
+
+        def put() -> tf.Tensor:
+            self.reference.assign(weight)
+            for book in self._books.values():
+                book.put(given.get(book.kind))
+            return tf.constant(0)
+
+        def add() -> tf.Tensor:
+            for share in shares:
+                self._books[share.kind].add(share)
+            return tf.constant(0)
+
+        tf.cond(tf.equal(self.micro_batches, 0), put, add)
+        self.micro_batches.assign_add(1)
 
     # ---- in files --------------------------------------------------------------------------
 
@@ -192,7 +245,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         self, layout: Mapping[str, Sequence[SumLayout]], weights: Sequence[Any]
     ) -> list[tf.Variable]:
         """The variables in the order of a layout."""
-        counts = [self.micro_batches, self.reference]
+        counts = [*self._counts(), self.reference]
         if len(self._steps) > 1:
             counts.append(self.updates)
         books = [self._books[kind].state(sums, weights) for kind, sums in layout.items()]
@@ -207,6 +260,11 @@ class Window(AutoTrackable):  # type: ignore[misc]
 
     # ----------------------------------------------------------------------------------------
 
+    def _counts(self) -> list[tf.Variable]:
+        """The variables that count what the window holds."""
+        has_batches = self._is_split and self._crosses_batches
+        return [self.micro_batches, *([self.batches] if has_batches else [])]
+
     def _steps_at(self, iterations: Any) -> tf.Tensor:
         if len(self._steps) == 1:
             return tf.constant(self._steps[0], tf.int64)
@@ -216,13 +274,15 @@ class Window(AutoTrackable):  # type: ignore[misc]
         started = tf.cast(updates >= tf.constant(self._starts, tf.int64), tf.int32)
         return tf.gather(tf.constant(self._steps, tf.int64), tf.reduce_sum(started) - 1)
 
-    def _open(self, share: Share, variables: Sequence[tf.Variable]) -> bool:
-        """See to it that there is a book of the share's kind, with a sum for each gradient.
+    def _open(self, shares: Sequence[Share], variables: Sequence[tf.Variable]) -> bool:
+        """See to it that there is a book for each kind, with a sum for each gradient.
 
         Returns:
-            Whether the book has been in use without one of them.
+            Whether a book has been in use without one of them.
         """
-        return bool(self._book(share.kind).open(share, variables, self._keep_sparse))
+        return any(
+            [self._book(share.kind).open(share, variables, self._keep_sparse) for share in shares]
+        )
 
     def _book(self, kind: str) -> _Book:
         if kind not in self._books:

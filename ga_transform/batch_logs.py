@@ -1,0 +1,227 @@
+"""What a batch logs that is run in slices: what the plain model logs of the whole batch.
+
+Metrics that count rows take slices as they come. What else there is counts batches: the loss's
+own metrics, and means of one number a batch. Those hear of the batch when its slices are done,
+or of each slice as its share of the rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import tensorflow as tf
+from tf_keras import metrics as keras_metrics
+
+from ga_transform.loss_terms import MEAN, LossCall, LossTerm
+
+__all__ = ["Kept", "keep_logs", "keep_loss", "weigh_means"]
+
+#: What becomes of a tensor of a slice, when all slices are done.
+Whole = Callable[[], Any]
+
+
+class Kept:
+    """The tensors that are kept of each slice: to be added up, or replaced by the next one's."""
+
+    def __init__(self) -> None:
+        self.sums: list[tf.Tensor] = []
+        self.latest: list[tf.Tensor] = []
+
+    def add_up(self, tensor: tf.Tensor) -> Whole:
+        """Keep the sum over the slices."""
+        self.sums.append(tensor)
+        position = len(self.sums) - 1
+        return lambda: self.sums[position]
+
+    def replace(self, tensor: Any) -> Whole:
+        """Keep the last slice's; of ragged and sparse tensors, too."""
+        parts = tf.nest.flatten(tensor, expand_composites=True)
+        start = len(self.latest)
+        self.latest.extend(parts)
+        spec = tf.type_spec_from_value(tensor)
+
+        def whole() -> Any:
+            latest = self.latest[start : start + len(parts)]
+            return tf.nest.pack_sequence_as(spec, latest, expand_composites=True)
+
+        return whole
+
+
+def keep_loss(call: LossCall, kept: Kept, rows: tf.Tensor) -> Callable[[], None]:
+    """Keep what a call of the compiled loss gave for a slice.
+
+    Args:
+        call: Its metrics have not been told of it.
+        kept: Where to.
+        rows: Of the slice. Shape: scalar, float64.
+
+    Returns:
+        Tells the metrics of the batch.
+    """
+    terms = [_keep_term(term, kept, rows) for term in call.terms]
+    total_rows = kept.add_up(rows)
+    regularization: Optional[Whole] = None
+    if call.regularization is not None:
+        # Means over rows, and what is the same for all of them.
+        regularization = _mean(kept, call.regularization, rows, total_rows)
+
+    def tell() -> None:
+        call._replace(
+            terms=[whole() for whole in terms],
+            regularization=None if regularization is None else regularization(),
+        ).tell_metrics()
+
+    return tell
+
+
+def _keep_term(term: LossTerm, kept: Kept, rows: tf.Tensor) -> Callable[[], LossTerm]:
+    is_unreduced = term.value.shape.rank != 0
+    count = rows if term.divided_by is None else term.divided_by
+    term_rows = None if term.rows is None else kept.add_up(term.rows)
+    if is_unreduced:
+        # tf_keras takes the mean of its elements, each of which weighs the rows of its batch.
+        elements = kept.add_up(tf.cast(tf.size(term.value), tf.float64))
+        value = _quotient(kept.add_up(tf.reduce_sum(term.value)), elements)
+    elif term.kind == MEAN:
+        value = _mean(kept, term.value, count, kept.add_up(count))
+    else:
+        value = kept.add_up(term.value)
+
+    def whole() -> LossTerm:
+        weight = None if term_rows is None else term_rows()
+        if is_unreduced and weight is not None:
+            weight *= elements()
+        return term._replace(value=value(), rows=weight)
+
+    return whole
+
+
+def _mean(kept: Kept, value: tf.Tensor, weight: tf.Tensor, total: Whole) -> Whole:
+    """The mean of the slices' values, each weighed."""
+    return _quotient(kept.add_up(tf.math.multiply_no_nan(value, tf.cast(weight, value.dtype))), total)
+
+
+def _quotient(total: Whole, divisor: Whole) -> Whole:
+    def whole() -> tf.Tensor:
+        value = total()
+        return tf.math.divide_no_nan(value, tf.cast(divisor(), value.dtype))
+
+    return whole
+
+
+def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
+    """Keep what `train_step` returned for a slice.
+
+    Args:
+        logs: Its results. Those of metrics are taken again when all slices are done, other
+            numbers are means over rows, and of everything else the last slice's is kept.
+        model: The model, with its metrics.
+        kept: Where to.
+        share: Of the batch's rows, those of the slice. Shape: scalar, float64.
+
+    Returns:
+        Makes the logs of the batch.
+    """
+    results = _results(model)
+
+    def keep(leaf: Any) -> Whole:
+        if id(leaf) in results:
+            return results[id(leaf)]
+        if not tf.is_tensor(leaf):
+            return lambda: leaf
+        if leaf.dtype.is_floating and leaf.shape.rank == 0:
+            return kept.add_up(tf.math.multiply_no_nan(leaf, tf.cast(share, leaf.dtype)))
+        return kept.replace(leaf)
+
+    leaves = [keep(leaf) for leaf in tf.nest.flatten(logs)]
+    return lambda: tf.nest.pack_sequence_as(logs, [whole() for whole in leaves])
+
+
+def _results(model: Any) -> dict[int, Whole]:
+    """By the identity of the metrics' latest results, what takes them again."""
+    found: dict[int, Whole] = {}
+    for metric in model.metrics:
+        latest = getattr(metric, "_call_result", None)
+        if isinstance(latest, dict):
+            for name, tensor in latest.items():
+                found[id(tensor)] = lambda metric=metric, name=name: metric.result()[name]  # type: ignore[misc]
+        elif latest is not None:
+            found[id(latest)] = metric.result
+    return found
+
+
+@contextmanager
+def weigh_means(model: Any, share: tf.Tensor) -> Iterator[None]:
+    """Have the model's means of one number a batch take a slice's as its share of the rows.
+
+    Args:
+        model: Its metrics, also those that `compile` was given and a first batch makes.
+        share: Of the batch's rows, those of the slice. Shape: scalar, float64.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def weigh() -> None:
+            for metric in model.metrics:
+                own = type(metric).update_state
+                if own is keras_metrics.Mean.update_state:
+                    stack.enter_context(_replaced(metric, "update_state", _mean_weighed(share)))
+                elif own is keras_metrics.MeanMetricWrapper.update_state:
+                    replacement = _function_weighed(metric, share)
+                    stack.enter_context(_replaced(metric, "update_state", replacement))
+
+        container = model.compiled_metrics
+        if container is None or container.built:
+            weigh()
+        else:
+
+            def build(own: Callable[..., None], *args: Any) -> None:
+                own(*args)
+                weigh()
+
+            stack.enter_context(_replaced(container, "build", build))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Put a function before an object's method, which it is given first."""
+    own = getattr(owner, name)
+    setattr(owner, name, functools.partial(replacement, own))
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+def _mean_weighed(share: tf.Tensor) -> Callable[..., Any]:
+    def update_state(own: Any, values: Any, sample_weight: Any = None) -> Any:
+        if sample_weight is None and tf.convert_to_tensor(values).shape.rank == 0:
+            sample_weight = share
+        return own(values, sample_weight=sample_weight)
+
+    return update_state
+
+
+def _function_weighed(metric: Any, share: tf.Tensor) -> Callable[..., Any]:
+    """For a metric that is made of a function, which may return one number for all rows."""
+
+    def update_state(own: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        numbers = []
+
+        def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
+            matches = function(*args, **kwargs)
+            if sample_weight is not None or matches.shape.rank != 0:
+                return matches
+            numbers.append(matches)
+            return matches[tf.newaxis][:0]  # adds nothing
+
+        with _replaced(metric, "_fn", noted):
+            own(y_true, y_pred, sample_weight=sample_weight)
+        for number in numbers:
+            keras_metrics.Mean.update_state(metric, number, sample_weight=share)
+
+    return update_state

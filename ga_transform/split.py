@@ -1,0 +1,200 @@
+"""Split: a batch that is run slice by slice inside the graph, and is one batch to the rest.
+
+Each slice is a micro-step (`micro_step.py`), whose gradients go into the windows like those of
+any micro-batch. When all are done, windows that end with the batch make their updates, and the
+logs are those of the batch (`batch_logs.py`). The slice's step is traced once, as a function
+that the loop calls, however many slices there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Optional
+
+import tensorflow as tf
+
+from ga_transform import _keras
+from ga_transform.batch_logs import Kept, keep_logs, keep_loss, weigh_means
+from ga_transform.loss_terms import LossCall
+from ga_transform.rows import count_rows
+from ga_transform.slices import Slices
+from ga_transform.windows import Handed, Windows
+
+__all__ = ["Slice", "train_in_slices"]
+
+
+class Slice:
+    """What is known of a slice while it is a micro-step, and what waits for the others.
+
+    Args:
+        model: The converted model.
+        data: The rows of the slice, in the structure of the batch.
+        batch_rows: How many rows the whole batch has.
+    """
+
+    def __init__(self, model: Any, data: Any, batch_rows: tf.Tensor) -> None:
+        self._model = model
+        self._graph = _keras.current_graph()
+        rows = count_rows(data)
+        #: Shape: scalar, float64.
+        self.rows = tf.ones([], tf.float64) if rows is None else rows
+        total = tf.cast(batch_rows, tf.float64)
+        self._share = tf.math.divide_no_nan(self.rows, total)
+        self._handed: list[Handed] = []
+        self._calls: list[LossCall] = []
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Have metrics that count batches take the slice for a part of one."""
+        with weigh_means(self._model, self._share):
+            yield
+
+    def hand_over(self, handed: Handed) -> None:
+        """Note a window that the slice has gone into, and how its update is made."""
+        self._handed.append(handed)
+
+    def withhold(self, call: LossCall) -> bool:
+        """Keep a call of the compiled loss from its metrics, if it can be seen from outside."""
+        is_within_reach = _keras.current_graph() is self._graph
+        if is_within_reach:
+            self._calls.append(call)
+        return is_within_reach
+
+    def outcome(self, logs: Any, windows: Windows) -> _Outcome:
+        """What is kept of the slice, and what is made of it when all slices are done."""
+        kept = Kept()
+        calls = [keep_loss(call, kept, self.rows) for call in self._calls]
+        whole_logs = keep_logs(logs, self._model, kept, self._share)
+        arguments = [self._keep_arguments(handed, kept) for handed in self._handed]
+
+        def finish() -> Any:
+            for tell in calls:
+                tell()
+            for handed, whole in zip(self._handed, arguments):
+                args, kwargs = whole()
+                windows.end_batch(handed._replace(args=args, kwargs=kwargs))
+            return whole_logs()
+
+        return _Outcome(kept, finish)
+
+    def _keep_arguments(self, handed: Handed, kept: Kept) -> Callable[[], Any]:
+        """What the model passes to an optimizer beside the gradients: the last slice's."""
+        given = handed.args, handed.kwargs
+        leaves = []
+        for leaf in tf.nest.flatten(given):
+            if not _keras.is_symbolic(leaf):
+                leaves.append(lambda leaf=leaf: leaf)
+            elif leaf.graph is self._graph:
+                leaves.append(kept.replace(leaf))
+            else:
+                raise NotImplementedError(
+                    f"{self._model.name}: apply_gradients must not be given tensors in a function "
+                    f"that train_step calls, with micro_batch_size; got {leaf.name!r}. Call it in "
+                    "train_step itself."
+                )
+        return lambda: tf.nest.pack_sequence_as(given, [whole() for whole in leaves])
+
+
+class _Outcome(NamedTuple):
+    """Of one slice; of all, when `kept` has been filled with what was kept of them."""
+
+    kept: Kept
+    finish: Callable[[], Any]
+
+
+def train_in_slices(
+    model: Any,
+    windows: Windows,
+    batch: Any,
+    micro_batch_size: int,
+    micro_step: Callable[[Any, Slice], Any],
+) -> Any:
+    """Run a training step on each slice of a batch, and make the updates that end with it.
+
+    Args:
+        model: The converted model.
+        windows: The windows of its optimizers.
+        batch: Tensors in any structure.
+        micro_batch_size: Rows a slice.
+        micro_step: Runs the step on the data of a slice, and returns its logs.
+
+    Returns:
+        The logs of the batch.
+    """
+    is_compiled = bool(model.jit_compile) and not tf.executing_eagerly()
+    slices = Slices(batch, micro_batch_size, has_fixed_size=is_compiled)
+
+    def run(tensors: list[Any]) -> _Outcome:
+        data = slices.pack(tensors)
+        slice_ = Slice(model, data, slices.rows)
+        with slice_.running():
+            logs = micro_step(data, slice_)
+        return slice_.outcome(logs, windows)
+
+    if tf.executing_eagerly():
+        return _run_eagerly(windows, slices, run)
+    return _run_in_graph(windows, slices, run)
+
+
+def _run_eagerly(windows: Windows, slices: Slices, run: Callable[[list[Any]], _Outcome]) -> Any:
+    windows.begin_batch()
+    sums: Optional[list[tf.Tensor]] = None
+    for index in range(int(slices.count)):
+        kept, finish = run(slices.take(index))
+        if sums is not None:
+            kept.sums[:] = map(tf.add, sums, kept.sums)
+        sums = kept.sums
+    return finish()
+
+
+def _run_in_graph(windows: Windows, slices: Slices, run: Callable[[list[Any]], _Outcome]) -> Any:
+    outcome: Optional[_Outcome] = None
+
+    def step(*parts: tf.Tensor) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        nonlocal outcome
+        tensors = tf.nest.pack_sequence_as(slices.specs(), parts, expand_composites=True)
+        outcome = run(tensors)
+        return outcome.kept.sums, outcome.kept.latest
+
+    # Traced before the loop, which must know what it carries.
+    specs = tf.nest.flatten(slices.specs(), expand_composites=True)
+    function = tf.function(step, autograph=False).get_concrete_function(*specs)
+    assert outcome is not None
+    kept = outcome.kept
+
+    def call(tensors: list[Any]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        sums, latest = function(*tf.nest.flatten(tensors, expand_composites=True))
+        return sums, latest
+
+    def take_in(sums: list[tf.Tensor], tensors: list[Any]) -> tuple[Any, Any]:
+        more, latest = call(tensors)
+        return [one + other for one, other in zip(sums, more)], latest
+
+    def body(index: tf.Tensor, sums: Any, latest: Any) -> tuple[Any, Any, Any]:
+        return index + 1, *take_in(sums, slices.take(index))
+
+    with tf.control_dependencies([slices.count]):  # not before there is a batch
+        windows.begin_batch()
+    start = tf.zeros_like(slices.count)
+    begun = [tf.zeros([], each.dtype) for each in kept.sums]
+    empty = [tf.zeros([size or 0 for size in each.shape], each.dtype) for each in kept.latest]
+    _, kept.sums[:], kept.latest[:] = tf.while_loop(
+        lambda index, *_: index < slices.count,
+        body,
+        (start, begun, empty),
+        shape_invariants=(
+            start.shape,
+            [each.shape for each in kept.sums],
+            [each.shape for each in kept.latest],
+        ),
+        parallel_iterations=1,
+    )
+    if slices.may_have_remainder:
+        rest = slices.remainder()
+        kept.sums[:], kept.latest[:] = tf.cond(
+            slices.count * slices.size < slices.rows,
+            lambda: take_in(kept.sums, rest),
+            lambda: (list(kept.sums), list(kept.latest)),
+        )
+    return outcome.finish()
