@@ -11,12 +11,12 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any
 
 import tensorflow as tf
 from tf_keras import metrics as keras_metrics
 
-from ga_transform.loss_terms import MEAN, LossCall, LossTerm
+from ga_transform.loss_terms import SUM, LossCall, LossTerm, is_by_rows
 
 __all__ = ["Kept", "keep_logs", "keep_loss", "weigh_means"]
 
@@ -51,66 +51,58 @@ class Kept:
         return whole
 
 
-def keep_loss(call: LossCall, kept: Kept, rows: tf.Tensor) -> Callable[[], None]:
+def keep_loss(
+    call: LossCall, kept: Kept, share: tf.Tensor, batch_rows: tf.Tensor
+) -> Callable[[], None]:
     """Keep what a call of the compiled loss gave for a slice.
 
     Args:
         call: Its metrics have not been told of it.
         kept: Where to.
-        rows: Of the slice. Shape: scalar, float64.
+        share: Of the batch's rows, those of the slice. Shape: scalar, float64.
+        batch_rows: The batch's rows, seen from outside. Shape: scalar.
 
     Returns:
         Tells the metrics of the batch.
     """
-    terms = [_keep_term(term, kept, rows) for term in call.terms]
-    total_rows = kept.add_up(rows)
-    regularization: Optional[Whole] = None
-    if call.regularization is not None:
-        # Means over rows, and what is the same for all of them.
-        regularization = _mean(kept, call.regularization, rows, total_rows)
+    terms = [_keep_term(term, kept, share) for term in call.terms]
+    # Means over rows, and what is the same for all of them.
+    losses = [] if call.regularization is None else [call.regularization]
+    regularization = [kept.add_up(_times(loss, share)) for loss in losses]
 
     def tell() -> None:
         call._replace(
             terms=[whole() for whole in terms],
-            regularization=None if regularization is None else regularization(),
-        ).tell_metrics()
+            regularization=regularization[0]() if regularization else None,
+        ).tell_metrics(tf.cast(batch_rows, tf.float64))
 
     return tell
 
 
-def _keep_term(term: LossTerm, kept: Kept, rows: tf.Tensor) -> Callable[[], LossTerm]:
-    is_unreduced = term.value.shape.rank != 0
-    count = rows if term.divided_by is None else term.divided_by
-    term_rows = None if term.rows is None else kept.add_up(term.rows)
-    if is_unreduced:
-        # tf_keras takes the mean of its elements, each of which weighs the rows of its batch.
+def _keep_term(term: LossTerm, kept: Kept, share: tf.Tensor) -> Callable[[], LossTerm]:
+    if term.value.shape.rank != 0:
+        value = kept.add_up(tf.reduce_sum(term.value))
         elements = kept.add_up(tf.cast(tf.size(term.value), tf.float64))
-        value = _quotient(kept.add_up(tf.reduce_sum(term.value)), elements)
-    elif term.kind == MEAN:
-        value = _mean(kept, term.value, count, kept.add_up(count))
-    else:
+        # tf_keras takes the mean of its elements, each of which weighs the rows of its batch.
+        return lambda: term._replace(value=_quotient(value(), elements()), elements=elements())
+    if term.kind == SUM:
         value = kept.add_up(term.value)
-
-    def whole() -> LossTerm:
-        weight = None if term_rows is None else term_rows()
-        if is_unreduced and weight is not None:
-            weight *= elements()
-        return term._replace(value=value(), rows=weight)
-
-    return whole
-
-
-def _mean(kept: Kept, value: tf.Tensor, weight: tf.Tensor, total: Whole) -> Whole:
-    """The mean of the slices' values, each weighed."""
-    return _quotient(kept.add_up(tf.math.multiply_no_nan(value, tf.cast(weight, value.dtype))), total)
+    elif term.divided_by is None or is_by_rows(term):
+        value = kept.add_up(_times(term.value, share))
+    else:
+        total = kept.add_up(_times(term.value, term.divided_by))
+        count = kept.add_up(term.divided_by)
+        return lambda: term._replace(value=_quotient(total(), count()))
+    return lambda: term._replace(value=value())
 
 
-def _quotient(total: Whole, divisor: Whole) -> Whole:
-    def whole() -> tf.Tensor:
-        value = total()
-        return tf.math.divide_no_nan(value, tf.cast(divisor(), value.dtype))
+def _times(value: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    # What has no rows may be 0 / 0.
+    return tf.math.multiply_no_nan(value, tf.cast(weight, value.dtype))
 
-    return whole
+
+def _quotient(value: tf.Tensor, divisor: tf.Tensor) -> tf.Tensor:
+    return tf.math.divide_no_nan(value, tf.cast(divisor, value.dtype))
 
 
 def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
@@ -134,7 +126,7 @@ def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
         if not tf.is_tensor(leaf):
             return lambda: leaf
         if leaf.dtype.is_floating and leaf.shape.rank == 0:
-            return kept.add_up(tf.math.multiply_no_nan(leaf, tf.cast(share, leaf.dtype)))
+            return kept.add_up(_times(leaf, share))
         return kept.replace(leaf)
 
     leaves = [keep(leaf) for leaf in tf.nest.flatten(logs)]

@@ -52,10 +52,10 @@ class LossTerm(NamedTuple):
     divided_by: Optional[tf.Tensor]
     #: What the count is proportional to: equal extents have counts of a constant ratio.
     extent: Hashable
-    #: Of the targets; None where they have none. Shape: scalar, float64.
-    rows: Optional[tf.Tensor]
     #: Of tf_keras, for the logs; None where there is one output only.
     metric: Any
+    #: Of how many elements the value is the mean, where nothing reduces the loss.
+    elements: Optional[tf.Tensor] = None
 
     @property
     def weighted(self) -> tf.Tensor:
@@ -71,31 +71,36 @@ class LossCall(NamedTuple):
     #: Regularisers and `add_loss`. Shape: scalar.
     regularization: Optional[tf.Tensor]
 
-    def tell_metrics(self) -> None:
-        """Update the metrics of the loss as tf_keras does: a batch weighs its rows."""
-        rows = next((term.rows for term in self.terms), None)
+    def tell_metrics(self, rows: tf.Tensor) -> None:
+        """Update the metrics of the loss as tf_keras does: a batch weighs its rows.
+
+        Args:
+            rows: Of the batch. Shape: scalar.
+        """
         for term in self.terms:
+            if term.elements is not None:
+                rows *= tf.cast(term.elements, rows.dtype)
             if term.metric is not None:
                 term.metric.update_state(term.value, sample_weight=rows)
         parts = [term.weighted for term in self.terms]
         parts += [] if self.regularization is None else [self.regularization]
         if parts:
-            self.container._total_loss_mean.update_state(total_of(parts), sample_weight=rows)
+            weight = rows if self.terms else None  # as tf_keras, which counts those of targets
+            self.container._total_loss_mean.update_state(total_of(parts), sample_weight=weight)
 
 
 @contextmanager
 def record_losses(
     container: Any,
     note: Callable[[LossTerm], None],
-    withhold: Optional[Callable[[LossCall], bool]] = None,
+    withhold: Optional[Callable[[LossCall], None]] = None,
 ) -> Iterator[None]:
     """Hear of the terms of every call of a compiled loss, which itself runs as ever.
 
     Args:
         container: `model.compiled_loss`; None has no terms.
         note: Is called with each term.
-        withhold: Is called with each call, and says whether it tells the loss's metrics of it
-            later; else they are told at once.
+        withhold: Is called with each call, and sees to it that the loss's metrics are told.
     """
     if type(container) is _keras.LossesContainer:
         container.__class__ = _RecordedLosses
@@ -122,7 +127,7 @@ class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
     """A compiled loss that tells its terms to whoever listens."""
 
     _note: Optional[Callable[[LossTerm], None]] = None
-    _withhold: Optional[Callable[[LossCall], bool]] = None
+    _withhold: Optional[Callable[[LossCall], None]] = None
     _losses: Any
     _per_output_metrics: Any
     _total_loss_mean: Any
@@ -159,9 +164,7 @@ class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
             self._losses, self._per_output_metrics, self._total_loss_mean = losses, metrics, mean
         if self._withhold is not None:
             regularization = total_of(regularization_losses) if regularization_losses else None
-            call = LossCall(self, terms, regularization)
-            if not self._withhold(call):
-                call.tell_metrics()
+            self._withhold(LossCall(self, terms, regularization))
         return loss
 
 
@@ -206,10 +209,7 @@ class _RecordedLoss:
             value = tf.math.divide_no_nan(value, tf.cast(count, value.dtype))
         if mask is None:
             count, extent = _where_one_number(elements, y_true, count, extent)
-        rows = count_rows(y_true)
-        self._note(
-            LossTerm(self._output, kind, value, self._weight, count, extent, rows, self._metric)
-        )
+        self._note(LossTerm(self._output, kind, value, self._weight, count, extent, self._metric))
         return value
 
     def _unreduced(

@@ -17,9 +17,9 @@ from ga_transform import _keras
 from ga_transform.diversion import divert, running
 from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
-from ga_transform.numerics import Gradient, added, map_values, widened
+from ga_transform.numerics import Gradient, added, map_values, values_of, widened
 from ga_transform.stages import apply_stages
-from ga_transform.stages.accumulate import Share, Window
+from ga_transform.stages.accumulate import Share, Window, apply_shares
 from ga_transform.weighting import Weighting
 from ga_transform.windows import Handed, Windows
 
@@ -69,6 +69,8 @@ class MicroStep:
         self._weighting: Weighting
         #: The weight by which the loss is multiplied, and that in units of its window's first.
         self._weighed_by: Optional[tuple[tf.Tensor, tf.Tensor]] = None
+        #: What is differentiated, if `train_step` is tf_keras's own.
+        self._loss: Optional[tf.Tensor] = None
         self._held: Optional[_Held] = None
         #: How often each optimizer has been handed gradients in each function of this step.
         self._turns: dict[Any, int] = {}
@@ -79,9 +81,9 @@ class MicroStep:
 
     def __enter__(self) -> Self:
         self._windows.has_stepped = True
-        self._windows.hold_pass_counters()
         divert(self.model)
         self._graph = _keras.current_graph()
+        self._windows.hold_pass_counters(self._slice_index())
         self._weighting = Weighting(
             self.model,
             self._windows,
@@ -112,6 +114,7 @@ class MicroStep:
         """
         if loss is None or not self._differentiates_loss or self.has_kinds:
             return loss
+        self._loss = loss
         if loss.shape.rank not in (0, None):  # what is differentiated is the sum of its elements
             self.kind = SUM
         optimizer = self.model.optimizer
@@ -121,7 +124,7 @@ class MicroStep:
             return loss
         weight = self._weighting.weight(MEAN)
         # Rounded as the loss is, so that sum and divisor hold the same weights.
-        relative = tf.cast(window.relative(weight), loss.dtype)
+        relative = tf.cast(self._relative(window, weight), loss.dtype)
         self._weighed_by = weight, tf.cast(relative, tf.float64)
         return loss * relative
 
@@ -140,9 +143,11 @@ class MicroStep:
         window = self._windows.open(self.model.optimizer)
         if of_weights and not means:
             # Once a window, and beside a sum nothing divides it: the first brings it along.
-            first = tf.equal(window.micro_batches, 0)
+            first = window.is_empty(self._slice_index())
             sums += [tf.where(first, loss, tf.zeros_like(loss)) for loss in of_weights]
-        by_kind = {SUM: total_of([tf.reduce_sum(loss) for loss in sums])} if sums else {}  # a target may be absent
+        by_kind = (
+            {SUM: total_of([tf.reduce_sum(loss) for loss in sums])} if sums else {}
+        )  # a target may be absent
         if means:
             if self._windows.chain.micro_batch_stages:
                 raise ValueError(
@@ -151,7 +156,7 @@ class MicroStep:
                     "Move the stages after Accumulate."
                 )
             weight = self._weighting.weight(MEAN)
-            relative = window.relative(weight)
+            relative = self._relative(window, weight)
             self._weighed_by = weight, relative
             mean = total_of(means + of_weights)
             by_kind[MEAN] = mean * tf.cast(relative, mean.dtype)
@@ -183,7 +188,7 @@ class MicroStep:
         kind = self._kind(optimizer)
         if self._weighed_by is None:
             weight = self._weighting.weight(kind)
-            relative = window.relative(weight)
+            relative = self._relative(window, weight)
         else:
             weight, relative = self._weighed_by
         gradients = apply_stages(
@@ -194,18 +199,10 @@ class MicroStep:
         )
         if kind == MEAN and self._weighed_by is None and not window.is_single:
             gradients = [_times(gradient, relative) for gradient in gradients]
-        variables = [variable for _, variable in pairs]
-        iterations = getattr(optimizer, "iterations", None)
+        handed = Handed(optimizer, turn, [variable for _, variable in pairs], args, kwargs)
 
         def add(shares: list[Share]) -> None:
-            if self._slice is None:
-                update = self._windows.update_of(optimizer, turn, args, kwargs)
-                has_grown = window.add(variables, shares, weight, iterations, update)
-            else:
-                has_grown = window.add_slice(variables, shares, weight)
-                self._slice.hand_over(Handed(optimizer, turn, variables, args, kwargs))
-            if has_grown:
-                self._windows.trace_again()
+            self._add(window, handed, shares, weight)
 
         share = Share(kind, _by_reference(gradients, present), relative)
         if self._held is None:
@@ -214,7 +211,45 @@ class MicroStep:
         else:
             self._held.shares.append(share)
             self._held.add = add
-        return iterations
+        return getattr(optimizer, "iterations", None)
+
+    def _add(self, window: Window, handed: Handed, shares: list[Share], weight: tf.Tensor) -> None:
+        """Store a micro-batch, and make the update if its window ends with the batch."""
+        # When a pipeline runs out in the middle of a call, whatever does not depend on its data
+        # has been run by then, and must not have changed a window.
+        with tf.control_dependencies(self._ready_with(shares)):
+            if window.is_single:
+                update = self._windows.update_of(
+                    handed.optimizer, handed.turn, handed.args, handed.kwargs
+                )
+                apply_shares(handed.variables, shares, update)
+                return
+            index = self._slice_index()
+            if window.add(handed.variables, shares, weight, index):
+                self._windows.trace_again()
+        if self._slice is None:
+            self._windows.end_batch(handed)
+        else:
+            self._slice.hand_over(handed, is_counted=index is not None)
+
+    def _ready_with(self, shares: list[Share]) -> list[tf.Tensor]:
+        """What must be there before a window changes: the loss, or else all gradients.
+
+        With the loss, what commonly fails in a step has been done; and gradients need not wait
+        for each other, in memory.
+        """
+        if self._loss is not None and getattr(self._loss, "graph", None) is _keras.current_graph():
+            return [self._loss]
+        return [values_of(g) for share in shares for g in share.gradients.values()]
+
+    def _slice_index(self) -> Optional[tf.Tensor]:
+        """Which slice of its batch this is, where a graph can see it."""
+        if self._slice is None or _keras.current_graph() is not self._graph:
+            return None
+        return self._slice.index
+
+    def _relative(self, window: Window, weight: tf.Tensor) -> tf.Tensor:
+        return window.relative(weight, window.is_empty(self._slice_index()))
 
     def after_update(
         self, follower: Any, variables: Iterable[tf.Variable], action: Callable[[], Any]
@@ -244,7 +279,8 @@ class MicroStep:
             self._windows.follow(windows[-1], follower, act)
             if self._slice is not None:  # the update comes after the slices
                 return tf.constant(0)
-        begun = windows[-1].micro_batches > 0 if windows else self._windows.is_begun()
+        index = self._slice_index()
+        begun = windows[-1].micro_batches > 0 if windows else self._windows.is_begun(index)
         return tf.cond(begun, lambda: tf.constant(0), act)
 
     def _turn(self, optimizer: Any, graphs: list[Any], variables: set[Any]) -> Turn:
@@ -315,4 +351,3 @@ def _times(gradient: Gradient, weight: tf.Tensor) -> Gradient:
         lambda values: tf.math.multiply_no_nan(values, tf.cast(weight, values.dtype)),
         widened(gradient),
     )
-

@@ -18,6 +18,7 @@ __all__ = [
     "as_slices",
     "global_norm",
     "map_values",
+    "rarely",
     "squared_norm",
     "sum_repeated_rows",
     "unitwise_norm",
@@ -115,3 +116,27 @@ def unitwise_norm(tensor: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
         [[5.0, 1.0]]
     """
     return tf.sqrt(tf.reduce_sum(tf.square(tensor), axis=list(axes), keepdims=True))
+
+
+def rarely(condition: tf.Tensor, action: Callable[[], None]) -> None:
+    """Do something where a condition holds, at the cost of one op where it does not.
+
+    `tf.cond` is inlined, so that each op of the branch not taken is visited all the same, which
+    for an update takes as long as a small model's step.
+
+    Args:
+        condition: Shape: scalar, bool.
+        action: Changes variables, and returns nothing.
+    """
+    if tf.executing_eagerly():
+        if condition:
+            action()
+        return
+    if tf.get_static_value(condition):
+        action()
+        return
+    then = tf.function(action, autograph=False).get_concrete_function()
+    captured = then.captured_inputs
+    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in captured]
+    otherwise = tf.function(lambda *_: None, autograph=False).get_concrete_function(*specs)
+    tf.raw_ops.If(cond=condition, input=captured, Tout=[], then_branch=then, else_branch=otherwise)

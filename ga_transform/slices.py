@@ -19,6 +19,12 @@ class Slices:
     What has no rows (a scalar, None, a Python value) goes along with each slice. The batch stays
     on the host: a device is given slices.
 
+    Attributes:
+        rows: Of the batch. Shape: scalar, int32, as all of these.
+        size: Rows a slice.
+        count: Slices that `take` takes.
+        total: Slices with the remainder.
+
     Args:
         batch: Tensors or arrays in a structure; dense, ragged or sparse, all of as many rows.
         micro_batch_size: Rows a slice, >= 1.
@@ -42,10 +48,9 @@ class Slices:
             self.size: Any = micro_batch_size
             if has_fixed_size:
                 self.size = tf.minimum(self.size, self.rows)
-                self.count = self.rows // self.size
-            else:
-                # A batch without rows is a slice without rows, as it is a batch to plain tf_keras.
-                self.count = tf.maximum(-(-self.rows // self.size), 1)
+            # A batch without rows is a slice without rows, as it is a batch to plain tf_keras.
+            self.total = tf.maximum(-(-self.rows // self.size), 1)
+            self.count = self.rows // self.size if has_fixed_size else self.total
         self._has_fixed_size = has_fixed_size
         rows = {_static_rows(tensor) for tensor in tensors} - {None}
         known = rows.pop() if len(rows) == 1 else None

@@ -30,17 +30,18 @@ class Slice:
     Args:
         model: The converted model.
         data: The rows of the slice, in the structure of the batch.
-        batch_rows: How many rows the whole batch has.
+        index: Which slice of the batch it is. Shape: scalar, int32.
+        batch: All slices.
     """
 
-    def __init__(self, model: Any, data: Any, batch_rows: tf.Tensor) -> None:
+    def __init__(self, model: Any, data: Any, index: tf.Tensor, batch: Slices) -> None:
+        self.index = index
         self._model = model
+        self._batch = batch
         self._graph = _keras.current_graph()
         rows = count_rows(data)
-        #: Shape: scalar, float64.
-        self.rows = tf.ones([], tf.float64) if rows is None else rows
-        total = tf.cast(batch_rows, tf.float64)
-        self._share = tf.math.divide_no_nan(self.rows, total)
+        self._rows = tf.ones([], tf.float64) if rows is None else rows
+        self._share = tf.math.divide_no_nan(self._rows, tf.cast(batch.rows, tf.float64))
         self._handed: list[Handed] = []
         self._calls: list[LossCall] = []
 
@@ -50,21 +51,26 @@ class Slice:
         with weigh_means(self._model, self._share):
             yield
 
-    def hand_over(self, handed: Handed) -> None:
-        """Note a window that the slice has gone into, and how its update is made."""
-        self._handed.append(handed)
+    def hand_over(self, handed: Handed, *, is_counted: bool) -> None:
+        """Note a window that the slice has gone into, and how its update is made.
 
-    def withhold(self, call: LossCall) -> bool:
+        Args:
+            handed: The call of an optimizer.
+            is_counted: Whether its window has been told which slice this is.
+        """
+        self._handed.append(handed._replace(slices=self._batch.total if is_counted else None))
+
+    def withhold(self, call: LossCall) -> None:
         """Keep a call of the compiled loss from its metrics, if it can be seen from outside."""
-        is_within_reach = _keras.current_graph() is self._graph
-        if is_within_reach:
+        if _keras.current_graph() is self._graph:
             self._calls.append(call)
-        return is_within_reach
+        else:
+            call.tell_metrics(self._rows)
 
     def outcome(self, logs: Any, windows: Windows) -> _Outcome:
         """What is kept of the slice, and what is made of it when all slices are done."""
         kept = Kept()
-        calls = [keep_loss(call, kept, self.rows) for call in self._calls]
+        calls = [keep_loss(call, kept, self._share, self._batch.rows) for call in self._calls]
         whole_logs = keep_logs(logs, self._model, kept, self._share)
         arguments = [self._keep_arguments(handed, kept) for handed in self._handed]
 
@@ -103,6 +109,9 @@ class _Outcome(NamedTuple):
     finish: Callable[[], Any]
 
 
+Run = Callable[[tf.Tensor, list[Any]], _Outcome]
+
+
 def train_in_slices(
     model: Any,
     windows: Windows,
@@ -125,9 +134,9 @@ def train_in_slices(
     is_compiled = bool(model.jit_compile) and not tf.executing_eagerly()
     slices = Slices(batch, micro_batch_size, has_fixed_size=is_compiled)
 
-    def run(tensors: list[Any]) -> _Outcome:
+    def run(index: tf.Tensor, tensors: list[Any]) -> _Outcome:
         data = slices.pack(tensors)
-        slice_ = Slice(model, data, slices.rows)
+        slice_ = Slice(model, data, index, slices)
         with slice_.running():
             logs = micro_step(data, slice_)
         return slice_.outcome(logs, windows)
@@ -137,64 +146,57 @@ def train_in_slices(
     return _run_in_graph(windows, slices, run)
 
 
-def _run_eagerly(windows: Windows, slices: Slices, run: Callable[[list[Any]], _Outcome]) -> Any:
+def _run_eagerly(windows: Windows, slices: Slices, run: Run) -> Any:
     windows.begin_batch()
     sums: Optional[list[tf.Tensor]] = None
-    for index in range(int(slices.count)):
-        kept, finish = run(slices.take(index))
+    for index in tf.range(slices.total):
+        kept, finish = run(index, slices.take(index))
         if sums is not None:
             kept.sums[:] = map(tf.add, sums, kept.sums)
         sums = kept.sums
     return finish()
 
 
-def _run_in_graph(windows: Windows, slices: Slices, run: Callable[[list[Any]], _Outcome]) -> Any:
-    outcome: Optional[_Outcome] = None
+def _run_in_graph(windows: Windows, slices: Slices, run: Run) -> Any:
+    outcomes = []
 
-    def step(*parts: tf.Tensor) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        nonlocal outcome
+    def step(index: tf.Tensor, *parts: tf.Tensor) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
         tensors = tf.nest.pack_sequence_as(slices.specs(), parts, expand_composites=True)
-        outcome = run(tensors)
-        return outcome.kept.sums, outcome.kept.latest
+        outcomes.append(run(index, tensors))
+        return outcomes[-1].kept.sums, outcomes[-1].kept.latest
 
     # Traced before the loop, which must know what it carries.
     specs = tf.nest.flatten(slices.specs(), expand_composites=True)
-    function = tf.function(step, autograph=False).get_concrete_function(*specs)
-    assert outcome is not None
-    kept = outcome.kept
+    index_spec = tf.TensorSpec([], slices.count.dtype)
+    function = tf.function(step, autograph=False).get_concrete_function(index_spec, *specs)
+    kept, finish = outcomes[-1]
 
-    def call(tensors: list[Any]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        sums, latest = function(*tf.nest.flatten(tensors, expand_composites=True))
-        return sums, latest
-
-    def take_in(sums: list[tf.Tensor], tensors: list[Any]) -> tuple[Any, Any]:
-        more, latest = call(tensors)
+    def take_in(index: tf.Tensor, sums: list[tf.Tensor], tensors: list[Any]) -> Any:
+        more, latest = function(index, *tf.nest.flatten(tensors, expand_composites=True))
         return [one + other for one, other in zip(sums, more)], latest
 
-    def body(index: tf.Tensor, sums: Any, latest: Any) -> tuple[Any, Any, Any]:
-        return index + 1, *take_in(sums, slices.take(index))
+    def body(index: tf.Tensor, sums: Any, latest: Any) -> Any:
+        return index + 1, *take_in(index, sums, slices.take(index))
 
     with tf.control_dependencies([slices.count]):  # not before there is a batch
         windows.begin_batch()
     start = tf.zeros_like(slices.count)
     begun = [tf.zeros([], each.dtype) for each in kept.sums]
     empty = [tf.zeros([size or 0 for size in each.shape], each.dtype) for each in kept.latest]
-    _, kept.sums[:], kept.latest[:] = tf.while_loop(
+    open_shapes = [each.shape for each in kept.latest]
+    _, sums, latest = tf.while_loop(
         lambda index, *_: index < slices.count,
         body,
         (start, begun, empty),
-        shape_invariants=(
-            start.shape,
-            [each.shape for each in kept.sums],
-            [each.shape for each in kept.latest],
-        ),
+        shape_invariants=(start.shape, [each.shape for each in begun], open_shapes),
         parallel_iterations=1,
     )
     if slices.may_have_remainder:
         rest = slices.remainder()
-        kept.sums[:], kept.latest[:] = tf.cond(
-            slices.count * slices.size < slices.rows,
-            lambda: take_in(kept.sums, rest),
-            lambda: (list(kept.sums), list(kept.latest)),
+        sums, latest = tf.cond(
+            slices.total > slices.count,
+            lambda: take_in(slices.count, sums, rest),
+            lambda: (sums, latest),
         )
-    return outcome.finish()
+    kept.sums[:], kept.latest[:] = sums, latest
+    return finish()

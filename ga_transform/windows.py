@@ -26,7 +26,7 @@ __all__ = ["Handed", "Windows"]
 
 
 class Handed(NamedTuple):
-    """A call of an optimizer in a slice of a batch, whose update may come when all are done."""
+    """A call of an optimizer in a step, whose update comes where a window ends with the batch."""
 
     optimizer: Any
     turn: Turn
@@ -35,6 +35,8 @@ class Handed(NamedTuple):
     #: What the model passes to `apply_gradients` beside the gradients.
     args: Any
     kwargs: Any
+    #: Of how many slices, if the window has been told their indices.
+    slices: Optional[tf.Tensor] = None
 
 
 class Windows(_keras.AutoTrackable):  # type: ignore[misc]
@@ -91,10 +93,14 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             and self._optimizers <= set(map(id, _keras.optimizers_of(model)))
         )
 
-    def hold_pass_counters(self) -> None:
-        """Have what counts the passes of training count windows: all but their first pass."""
+    def hold_pass_counters(self, slice_index: Optional[tf.Tensor] = None) -> None:
+        """Have what counts the passes of training count windows: all but their first pass.
+
+        Args:
+            slice_index: As in `Window.is_empty`.
+        """
         if self._pass_counters and self.chain.gathers:
-            is_begun = self.is_begun()
+            is_begun = self.is_begun(slice_index)
             for counter in self._pass_counters:
                 counter.assign_sub(tf.cast(is_begun, counter.dtype))
 
@@ -103,10 +109,14 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         """The micro-batches of the fullest window."""
         return max((window.holds for window in self._windows.values()), default=0)
 
-    def is_begun(self) -> tf.Tensor:
-        """Whether any window holds micro-batches. Shape: scalar, bool."""
-        counts = [window.micro_batches for window in self._windows.values()]
-        return tf.reduce_any([count > 0 for count in counts]) if counts else tf.constant(False)
+    def is_begun(self, slice_index: Optional[tf.Tensor] = None) -> tf.Tensor:
+        """Whether any window holds micro-batches. Shape: scalar, bool.
+
+        Args:
+            slice_index: As in `Window.is_empty`.
+        """
+        empty = [window.is_empty(slice_index) for window in self._windows.values()]
+        return ~tf.reduce_all(empty) if empty else tf.constant(False)
 
     def warn_of_silence(self) -> None:
         """Say, once, where nothing has come here that could be accumulated."""
@@ -179,17 +189,19 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             window.begin_batch()
 
     def end_batch(self, handed: Handed) -> None:
-        """Make the update of a window that ends with a batch."""
-        optimizer, turn, variables, args, kwargs = handed
+        """Make the update of a window, if it ends with this batch."""
+        optimizer, turn, variables, args, kwargs, slices = handed
         window = self.open(optimizer, turn)
         update = self.update_of(optimizer, turn, args, kwargs)
+        followers = self._followers.get(id(window), {}).values() if self._is_split else ()
 
         def update_and_follow(gradients: Any, variables: Any) -> None:
             update(gradients, variables)
-            for follow in self._followers.get(id(window), {}).values():
+            for follow in followers:
                 follow()
 
-        window.end_batch(variables, getattr(optimizer, "iterations", None), update_and_follow)
+        iterations = getattr(optimizer, "iterations", None)
+        window.end_batch(variables, iterations, update_and_follow, slices)
 
     def follow(self, window: Window, follower: Any, action: Callable[[], Any]) -> None:
         """Have what follows a window's updates in a step follow its flush, too."""

@@ -1,14 +1,13 @@
 """Accumulate: the window of one optimizer, kept in variables between calls.
 
-A window has three kinds of step, and each touches no more memory than it must: the first
-writes its gradients, those between add theirs, and the last adds what is stored to its own
-gradient on the way to the optimizer, without storing anything.
+The first micro-batch of a window writes its gradients, without a look at what is stored; the
+others add theirs, each as soon as it is there, so that no more of a micro-batch's gradients are in
+memory than need be. The update reads the sums when the window's last batch is done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple, Optional, Union
 
 import tensorflow as tf
@@ -16,10 +15,10 @@ import tensorflow as tf
 from ga_transform._keras import AutoTrackable
 from ga_transform.layouts import SumLayout
 from ga_transform.loss_terms import MEAN
-from ga_transform.numerics import Gradient, added, map_values, values_of, widened
+from ga_transform.numerics import Gradient, added, map_values, rarely, widened
 from ga_transform.stages.sums import DenseSum, SparseSum
 
-__all__ = ["Share", "Update", "Window"]
+__all__ = ["Share", "Update", "Window", "apply_shares"]
 
 #: Applies the gradients of an update; None where a variable has none.
 Update = Callable[[list[Optional[Gradient]], list[tf.Variable]], None]
@@ -81,125 +80,54 @@ class Window(AutoTrackable):  # type: ignore[misc]
     def _crosses_batches(self) -> bool:
         return set(self._steps) != {1}
 
-    def relative(self, weight: tf.Tensor) -> tf.Tensor:
+    def is_empty(self, slice_index: Optional[tf.Tensor] = None) -> tf.Tensor:
+        """Whether the next micro-batch is the window's first. Shape: scalar, bool.
+
+        Args:
+            slice_index: Which slice of its batch that is, where it can be seen from here.
+        """
+        if slice_index is None:
+            return tf.equal(self.micro_batches, 0)
+        is_first_slice = tf.equal(slice_index, 0)
+        return (
+            is_first_slice & tf.equal(self.batches, 0) if self._crosses_batches else is_first_slice
+        )
+
+    def relative(self, weight: tf.Tensor, is_first: tf.Tensor) -> tf.Tensor:
         """A weight in units of that of the window's first micro-batch.
 
         So weighted gradients keep their usual size, which is all that 16 bits can hold.
         Shape: scalar.
         """
-        usual = tf.where(tf.equal(self.micro_batches, 0), weight, self.reference)
+        usual = tf.where(is_first, weight, self.reference)
         return weight / tf.where(usual > 0, usual, tf.ones_like(usual))
-
-    def add(
-        self,
-        variables: Sequence[tf.Variable],
-        shares: Sequence[Share],
-        weight: tf.Tensor,
-        iterations: Any,
-        update: Update,
-    ) -> bool:
-        """Take in one micro-batch; where it is the window's last, make the update.
-
-        Args:
-            variables: What the optimizer was handed, with a gradient or without.
-            shares: What the micro-batch gives, one share for each kind of loss.
-            weight: The micro-batch's weight, of which `relative` was taken.
-            iterations: The optimizer's count of updates, for a schedule.
-            update: Makes the update, if the window weighs anything.
-
-        Returns:
-            Whether a variable that had no gradient in earlier traces has one in this, of which
-            those know nothing.
-        """
-        # What decides is tied to the gradients: when a pipeline runs out in the middle of a call,
-        # whatever does not depend on its data has been run by then, and must not have counted.
-        values = [values_of(g) for share in shares for g in share.gradients.values()]
-        tied_to_gradients = tf.control_dependencies(values)
-        if self.is_single:
-            with tied_to_gradients:
-                _finish(variables, shares, update)
-            return False
-        with tied_to_gradients:
-            is_last = self.micro_batches + 1 >= self._steps_at(iterations)
-        has_grown = self._open(shares, variables)
-
-        def store() -> tf.Tensor:
-            self._store(shares, weight)
-            return tf.constant(0)
-
-        def finish() -> tf.Tensor:
-            if 1 in self._steps:  # A window of one has stored nothing yet.
-                store()
-                self.flush(update, variables)
-            else:
-                self.flush(update, variables, {share.kind: share for share in shares})
-            return tf.constant(0)
-
-        tf.cond(is_last, finish, store)
-        return has_grown
 
     def begin_batch(self) -> None:
         """Prepare for the slices of a batch."""
         if not self._crosses_batches:
             self.micro_batches.assign(0)  # a batch that failed may have left some
 
-    def add_slice(
-        self, variables: Sequence[tf.Variable], shares: Sequence[Share], weight: tf.Tensor
-    ) -> bool:
-        """Take in one slice of a batch; `end_batch` makes the update.
-
-        Args and returns are those of `add`.
-        """
-        has_grown = self._open(shares, variables)
-        self._store(shares, weight)
-        return has_grown
-
-    def end_batch(
-        self, variables: Sequence[tf.Variable], iterations: Any, update: Update
-    ) -> None:
-        """Where the batch is the window's last, make the update.
-
-        Args:
-            variables, iterations, update: As in `add`.
-        """
-
-        def finish() -> tf.Tensor:
-            self.flush(update, variables)
-            return tf.constant(0)
-
-        is_last = self.micro_batches > 0  # the step may have handed over nothing
-        if self._crosses_batches:
-            self.batches.assign_add(tf.cast(is_last, tf.int64))
-            is_last &= self.batches >= self._steps_at(iterations)
-        tf.cond(is_last, finish, lambda: tf.constant(0))
-
-    def flush(
+    def add(
         self,
-        update: Update,
-        variables: Sequence[tf.Variable] = (),
-        latest: Mapping[str, Share] = MappingProxyType({}),
-    ) -> None:
-        """Make the update of what is stored and of the latest shares, with their own weights.
+        variables: Sequence[tf.Variable],
+        shares: Sequence[Share],
+        weight: tf.Tensor,
+        slice_index: Optional[tf.Tensor] = None,
+    ) -> bool:
+        """Store one micro-batch: write the first over what is stored, add the others to it.
 
         Args:
-            update: Makes the update, if the window weighs anything.
-            variables: What the optimizer is to be handed, with a gradient or without.
-            latest: By kind, shares that are not stored yet.
+            variables: What the optimizer was handed, with a gradient or without.
+            shares: What the micro-batch gives, one share for each kind of loss.
+            weight: The micro-batch's weight, of which `relative` was taken.
+            slice_index: As in `is_empty`; slices so known are counted when all are done.
+
+        Returns:
+            Whether a variable that had no gradient in earlier traces has one in this, of which
+            those know nothing.
         """
-        totals = [book.total(latest.get(book.kind)) for book in self._books.values()]
-        _finish(variables, totals, update)
-        self.discard()
-        if len(self._steps) > 1:
-            self.updates.assign_add(1)
-
-    def discard(self) -> None:
-        """Forget what the window holds."""
-        for count in self._counts():
-            count.assign(0)
-
-    def _store(self, shares: Sequence[Share], weight: tf.Tensor) -> None:
-        """Write the first micro-batch of a window over what is stored; add the others to it."""
         given = {share.kind: share for share in shares}
+        has_grown = self._open(shares, variables)
 
         def put() -> tf.Tensor:
             self.reference.assign(weight)
@@ -212,8 +140,55 @@ class Window(AutoTrackable):  # type: ignore[misc]
                 self._books[share.kind].add(share)
             return tf.constant(0)
 
-        tf.cond(tf.equal(self.micro_batches, 0), put, add)
-        self.micro_batches.assign_add(1)
+        tf.cond(self.is_empty(slice_index), put, add)
+        if slice_index is None:
+            self.micro_batches.assign_add(1)
+        return has_grown
+
+    def end_batch(
+        self,
+        variables: Sequence[tf.Variable],
+        iterations: Any,
+        update: Update,
+        slices: Optional[tf.Tensor] = None,
+    ) -> None:
+        """Where the batch is the window's last, make the update.
+
+        Args:
+            variables: What the optimizer was handed, with a gradient or without.
+            iterations: The optimizer's count of updates, for a schedule.
+            update: Makes the update, if the window weighs anything.
+            slices: How many slices `add` has been given an index of.
+        """
+        if slices is not None and self._crosses_batches:
+            self.micro_batches.assign_add(tf.cast(slices, tf.int64))
+        is_last = tf.constant(True)
+        if slices is None or self._crosses_batches:
+            is_last = self.micro_batches > 0  # the step may have handed over nothing
+        if self._crosses_batches:
+            batches = self.micro_batches
+            if self._is_split:
+                batches = self.batches
+                batches.assign_add(tf.cast(is_last, tf.int64))
+            is_last &= batches >= self._steps_at(iterations)
+        rarely(is_last, lambda: self.flush(update, variables))
+
+    def flush(self, update: Update, variables: Sequence[tf.Variable] = ()) -> None:
+        """Make the update of what is stored, with its own weights.
+
+        Args:
+            update: Makes the update, if the window weighs anything.
+            variables: What the optimizer is to be handed, with a gradient or without.
+        """
+        apply_shares(variables, [book.total() for book in self._books.values()], update)
+        self.discard()
+        if len(self._steps) > 1:
+            self.updates.assign_add(1)
+
+    def discard(self) -> None:
+        """Forget what the window holds."""
+        for count in self._counts():
+            count.assign(0)
 
     # ---- in files --------------------------------------------------------------------------
 
@@ -338,16 +313,14 @@ class _Book(AutoTrackable):  # type: ignore[misc]
         for reference, gradient in share.gradients.items():
             self._sums[reference].add(gradient)
 
-    def total(self, latest: Optional[Share]) -> Share:
-        """What is stored together with the latest share, which is not stored."""
-        given = {} if latest is None else latest.gradients
+    def total(self) -> Share:
+        """What is stored."""
         gradients = {
-            reference: stored.plus(given[reference]) if reference in given else stored.read()
+            reference: stored.read()
             for reference, stored in self._sums.items()
             if reference not in self._idle
         }
-        weight = self.weight.read_value()
-        return Share(self.kind, gradients, weight if latest is None else weight + latest.weight)
+        return Share(self.kind, gradients, self.weight.read_value())
 
     def layout(self, positions: Mapping[Any, int]) -> Optional[list[SumLayout]]:
         """Where the sums belong; None, if it cannot be said of one of them."""
@@ -388,18 +361,18 @@ class _Book(AutoTrackable):  # type: ignore[misc]
             self._idle.add(variable.ref())
 
 
-def _finish(variables: Sequence[tf.Variable], totals: Sequence[Share], update: Update) -> None:
+def apply_shares(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
     """Divide what is to be divided, add up the kinds, and make the update.
 
-    A window that weighs nothing (no rows, or none valid) makes none: it changes nothing.
+    What weighs nothing (no rows, or none valid) makes none: it changes nothing.
     """
 
     def make() -> tf.Tensor:
         gradients: dict[Any, Gradient] = {}
-        for total in totals:
-            for reference, gradient in total.gradients.items():
-                if total.kind == MEAN:
-                    gradient = _divided(gradient, total.weight)
+        for share in shares:
+            for reference, gradient in share.gradients.items():
+                if share.kind == MEAN:
+                    gradient = _divided(gradient, share.weight)
                 if reference in gradients:
                     gradient = added(gradients[reference], gradient, reference.deref())
                 gradients[reference] = gradient
@@ -408,8 +381,8 @@ def _finish(variables: Sequence[tf.Variable], totals: Sequence[Share], update: U
         update([gradients.get(reference) for reference in handed], list(handed.values()))
         return tf.constant(0)
 
-    weight = tf.add_n([total.weight for total in totals])
-    tf.cond(weight > 0, make, lambda: tf.constant(0))
+    weighs_anything = tf.add_n([share.weight for share in shares]) > 0
+    tf.cond(weighs_anything, make, lambda: tf.constant(0))
 
 
 def _divided(gradient: Gradient, weight: tf.Tensor) -> Gradient:

@@ -36,10 +36,6 @@ class DenseSum(AutoTrackable):  # type: ignore[misc]
         else:
             self.values.assign_add(gradient)
 
-    def plus(self, gradient: Gradient) -> Gradient:
-        """What is stored together with a gradient, which is not stored."""
-        return self.values + as_dense(self._cast(gradient), self.values)
-
     def read(self) -> Gradient:
         """What is stored."""
         return self.values.read_value()
