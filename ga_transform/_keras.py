@@ -35,6 +35,7 @@ __all__ = [
     "activation_losses",
     "averages_of",
     "branch_of",
+    "computes_in_float16",
     "condition_of",
     "current_graph",
     "epoch_of_backup",
@@ -165,6 +166,11 @@ def variable_key(optimizer: Any, variable: tf.Variable) -> str:
     """The key under which an optimizer, new or legacy, keeps a variable's slots."""
     own = getattr(optimizer, "_var_key", None)
     return str(legacy_variable_key(variable) if own is None else own(variable))
+
+
+def computes_in_float16(model: Any) -> bool:
+    """Whether gradients of a model may pass through float16, which holds none above 65,504."""
+    return any(layer.compute_dtype == "float16" for layer in model._flatten_layers())
 
 
 def has_functional_init(model_class: type) -> bool:

@@ -124,7 +124,7 @@ class MicroStep:
             return loss
         weight = self._weighting.weight(MEAN)
         # Rounded as the loss is, so that sum and divisor hold the same weights.
-        relative = tf.cast(self._relative(window, weight), loss.dtype)
+        relative = tf.cast(window.relative(weight, self._slice_index()), loss.dtype)
         self._weighed_by = weight, tf.cast(relative, tf.float64)
         return loss * relative
 
@@ -156,7 +156,7 @@ class MicroStep:
                     "Move the stages after Accumulate."
                 )
             weight = self._weighting.weight(MEAN)
-            relative = self._relative(window, weight)
+            relative = window.relative(weight, self._slice_index())
             self._weighed_by = weight, relative
             mean = total_of(means + of_weights)
             by_kind[MEAN] = mean * tf.cast(relative, mean.dtype)
@@ -188,7 +188,7 @@ class MicroStep:
         kind = self._kind(optimizer)
         if self._weighed_by is None:
             weight = self._weighting.weight(kind)
-            relative = self._relative(window, weight)
+            relative = window.relative(weight, self._slice_index())
         else:
             weight, relative = self._weighed_by
         gradients = apply_stages(
@@ -247,9 +247,6 @@ class MicroStep:
         if self._slice is None or _keras.current_graph() is not self._graph:
             return None
         return self._slice.index
-
-    def _relative(self, window: Window, weight: tf.Tensor) -> tf.Tensor:
-        return window.relative(weight, window.is_empty(self._slice_index()))
 
     def after_update(
         self, follower: Any, variables: Iterable[tf.Variable], action: Callable[[], Any]

@@ -145,7 +145,10 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         key = (id(optimizer), turn)
         if key not in self._windows:
             window = Window(
-                self.accumulate.steps, is_split=self._is_split, keep_sparse=not self._jit_compile
+                self.accumulate.steps,
+                is_split=self._is_split,
+                keep_sparse=not self._jit_compile,
+                keep_size=_keras.computes_in_float16(self._model()),
             )
             place = self._places().get(id(optimizer), "new")
             name = "_".join(map(str, ("window", place, *turn)))

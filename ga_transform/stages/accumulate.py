@@ -31,7 +31,7 @@ class Share(NamedTuple):
     kind: str
     #: By variable reference; multiplied by `weight` already, where the kind is `MEAN`.
     gradients: Mapping[Any, Gradient]
-    #: In units of the window's first micro-batch. Shape: scalar, float64.
+    #: In units of the window. Shape: scalar, float64.
     weight: tf.Tensor
 
 
@@ -43,10 +43,17 @@ class Window(AutoTrackable):  # type: ignore[misc]
         is_split: Whether each batch is several micro-batches, and not one.
         keep_sparse: Whether gradients that arrive as slices are stored as slices. The number
             of their rows varies, which XLA does not allow of a variable.
+        keep_size: Whether weighted gradients must keep their usual size, which is all that
+            float16 can hold.
     """
 
     def __init__(
-        self, steps: Union[int, Mapping[int, int]], is_split: bool, keep_sparse: bool
+        self,
+        steps: Union[int, Mapping[int, int]],
+        *,
+        is_split: bool,
+        keep_sparse: bool,
+        keep_size: bool,
     ) -> None:
         schedule = steps if isinstance(steps, Mapping) else {0: steps}
         # Tuples, because a list or dict would be wrapped for tracking.
@@ -54,6 +61,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         self._steps = tuple(schedule[start] for start in self._starts)
         self._is_split = is_split
         self._keep_sparse = keep_sparse
+        self._keep_size = keep_size
         self._books = self._no_dependency({})
         with tf.init_scope():
             self.micro_batches = tf.Variable(0, trainable=False, dtype=tf.int64)
@@ -93,13 +101,14 @@ class Window(AutoTrackable):  # type: ignore[misc]
             is_first_slice & tf.equal(self.batches, 0) if self._crosses_batches else is_first_slice
         )
 
-    def relative(self, weight: tf.Tensor, is_first: tf.Tensor) -> tf.Tensor:
-        """A weight in units of that of the window's first micro-batch.
+    def relative(self, weight: tf.Tensor, slice_index: Optional[tf.Tensor] = None) -> tf.Tensor:
+        """A weight in units of the window: of one element, or of its first micro-batch.
 
-        So weighted gradients keep their usual size, which is all that 16 bits can hold.
         Shape: scalar.
         """
-        usual = tf.where(is_first, weight, self.reference)
+        if not self._keep_size:
+            return weight
+        usual = tf.where(self.is_empty(slice_index), weight, self.reference)
         return weight / tf.where(usual > 0, usual, tf.ones_like(usual))
 
     def begin_batch(self) -> None:
@@ -130,7 +139,8 @@ class Window(AutoTrackable):  # type: ignore[misc]
         has_grown = self._open(shares, variables)
 
         def put() -> tf.Tensor:
-            self.reference.assign(weight)
+            if self._keep_size:
+                self.reference.assign(weight)
             for book in self._books.values():
                 book.put(given.get(book.kind))
             return tf.constant(0)
