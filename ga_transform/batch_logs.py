@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,18 +119,26 @@ def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
         Makes the logs of the batch.
     """
     results = _results(model)
+    by_name = {metric.name: metric.result for metric in model.metrics}
+    names = {id(leaf): name for name, leaf in logs.items()} if isinstance(logs, Mapping) else {}
 
     def keep(leaf: Any) -> Whole:
         if id(leaf) in results:
             return results[id(leaf)]
         if not tf.is_tensor(leaf):
-            return lambda: leaf
+            return functools.partial(_same, leaf)
+        if names.get(id(leaf)) in by_name:  # taken in a function that the step calls
+            return by_name[names[id(leaf)]]
         if leaf.dtype.is_floating and leaf.shape.rank == 0:
             return kept.add_up(_times(leaf, share))
         return kept.replace(leaf)
 
     leaves = [keep(leaf) for leaf in tf.nest.flatten(logs)]
     return lambda: tf.nest.pack_sequence_as(logs, [whole() for whole in leaves])
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _results(model: Any) -> dict[int, Whole]:
@@ -140,41 +148,42 @@ def _results(model: Any) -> dict[int, Whole]:
         latest = getattr(metric, "_call_result", None)
         if isinstance(latest, dict):
             for name, tensor in latest.items():
-                found[id(tensor)] = lambda metric=metric, name=name: metric.result()[name]  # type: ignore[misc]
+                found[id(tensor)] = functools.partial(_item_of_result, metric, name)
         elif latest is not None:
             found[id(latest)] = metric.result
     return found
 
 
+def _item_of_result(metric: Any, name: str) -> Any:
+    return metric.result()[name]
+
+
 @contextmanager
-def weigh_means(model: Any, share: tf.Tensor) -> Iterator[None]:
+def weigh_means(model: Any, share: Callable[[], tf.Tensor]) -> Iterator[None]:
     """Have the model's means of one number a batch take a slice's as its share of the rows.
 
     Args:
         model: Its metrics, also those that `compile` was given and a first batch makes.
-        share: Of the batch's rows, those of the slice. Shape: scalar, float64.
+        share: Gives, of the batch's rows, those of the slice. Shape: scalar, float64.
     """
     with contextlib.ExitStack() as stack:
+        weighed: set[int] = set()
 
         def weigh() -> None:
             for metric in model.metrics:
-                own = type(metric).update_state
-                if own is keras_metrics.Mean.update_state:
-                    stack.enter_context(_replaced(metric, "update_state", _mean_weighed(share)))
-                elif own is keras_metrics.MeanMetricWrapper.update_state:
-                    replacement = _function_weighed(metric, share)
-                    stack.enter_context(_replaced(metric, "update_state", replacement))
+                replacement = _WEIGHED.get(type(metric).update_state)
+                if replacement is not None and id(metric) not in weighed:
+                    weighed.add(id(metric))
+                    update_state = functools.partial(replacement, metric, share)
+                    stack.enter_context(_replaced(metric, "update_state", update_state))
 
-        container = model.compiled_metrics
-        if container is None or container.built:
+        def build(own: Callable[..., None], *args: Any) -> None:
+            own(*args)
             weigh()
-        else:
 
-            def build(own: Callable[..., None], *args: Any) -> None:
-                own(*args)
-                weigh()
-
-            stack.enter_context(_replaced(container, "build", build))
+        weigh()
+        if model.compiled_metrics is not None:
+            stack.enter_context(_replaced(model.compiled_metrics, "build", build))
         yield
 
 
@@ -189,31 +198,40 @@ def _replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterato
         setattr(owner, name, own)
 
 
-def _mean_weighed(share: tf.Tensor) -> Callable[..., Any]:
-    def update_state(own: Any, values: Any, sample_weight: Any = None) -> Any:
-        if sample_weight is None and tf.convert_to_tensor(values).shape.rank == 0:
-            sample_weight = share
-        return own(values, sample_weight=sample_weight)
+def _update_mean(
+    metric: Any, share: Callable[[], Any], own: Any, values: Any, sample_weight: Any = None
+) -> Any:
+    if sample_weight is None and tf.convert_to_tensor(values).shape.rank == 0:
+        sample_weight = share()
+    return own(values, sample_weight=sample_weight)
 
-    return update_state
+
+def _update_mean_of_function(
+    metric: Any,
+    share: Callable[[], Any],
+    own: Any,
+    y_true: Any,
+    y_pred: Any,
+    sample_weight: Any = None,
+) -> Any:
+    numbers = []
+
+    def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        matches = function(*args, **kwargs)
+        if sample_weight is not None or matches.shape.rank != 0:
+            return matches
+        numbers.append(matches)
+        return matches[tf.newaxis][:0]  # adds nothing
+
+    with _replaced(metric, "_fn", noted):
+        own(y_true, y_pred, sample_weight=sample_weight)
+    for number in numbers:
+        keras_metrics.Mean.update_state(metric, number, sample_weight=share())
 
 
-def _function_weighed(metric: Any, share: tf.Tensor) -> Callable[..., Any]:
-    """For a metric that is made of a function, which may return one number for all rows."""
-
-    def update_state(own: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        numbers = []
-
-        def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
-            matches = function(*args, **kwargs)
-            if sample_weight is not None or matches.shape.rank != 0:
-                return matches
-            numbers.append(matches)
-            return matches[tf.newaxis][:0]  # adds nothing
-
-        with _replaced(metric, "_fn", noted):
-            own(y_true, y_pred, sample_weight=sample_weight)
-        for number in numbers:
-            keras_metrics.Mean.update_state(metric, number, sample_weight=share)
-
-    return update_state
+#: By the `update_state` of a class, what stands before it: for means of what they are given, and
+#: of what their function returns.
+_WEIGHED: Mapping[Any, Callable[..., Any]] = {
+    keras_metrics.Mean.update_state: _update_mean,
+    keras_metrics.MeanMetricWrapper.update_state: _update_mean_of_function,
+}

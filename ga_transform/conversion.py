@@ -245,6 +245,7 @@ def _convert(owner: str, model: Any, chain: Chain, inplace: bool) -> Any:
             f"{owner} must be on one device in this version; got {model.name!r} under "
             f"{type(strategy).__name__}. Build and convert it outside the strategy's scope."
         )
+    _check_rows_are_free(model, chain)
     check_stages([*chain.micro_batch_stages, *chain.update_stages], model)
     _warn_of_batch_norm(model, chain)
     _warn_of_taken_names(model)
@@ -288,6 +289,21 @@ def _check_available(chain: Chain) -> None:
         raise NotImplementedError(
             "Accumulate.on_nonfinite must be 'window' in this version; got "
             f"{shown(accumulate.on_nonfinite)}. Leave it out."
+        )
+
+
+def _check_rows_are_free(model: Any, chain: Chain) -> None:
+    """A stateful RNN has a state for each row of a batch, which slices would mix up."""
+    if chain.find(Split) is None:
+        return
+    layers = _keras.flatten_layers(model)
+    names = [
+        layer.name for layer in layers if isinstance(layer, tf_keras.layers.RNN) and layer.stateful
+    ]
+    if names:
+        raise ValueError(
+            f"Split must be given a model without stateful layers; got {', '.join(names)} in "
+            f"{model.name!r}. Use accum_steps, which takes batches as they are."
         )
 
 

@@ -105,14 +105,15 @@ def record_losses(
     if type(container) is _keras.LossesContainer:
         container.__class__ = _RecordedLosses
     recorded = isinstance(container, _RecordedLosses)
-    earlier = (container._note, container._withhold) if recorded else None
-    if recorded:
-        container._note, container._withhold = note, withhold
+    if not recorded:
+        yield
+        return
+    earlier = container._note, container._withhold
+    container._note, container._withhold = note, withhold
     try:
         yield
     finally:
-        if recorded:
-            container._note, container._withhold = earlier
+        container._note, container._withhold = earlier
 
 
 def stop_recording(container: Any) -> None:

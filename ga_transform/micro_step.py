@@ -91,6 +91,8 @@ class MicroStep:
             keeps_kinds_apart=self.has_kinds,
             is_own_step=not self._is_keras_step,
         )
+        if self._slice is not None and not self._is_keras_step:
+            self._slice.publish_share()
         withhold = None if self._slice is None else self._slice.withhold
         recording = record_losses(self.model.compiled_loss, self._weighting.note, withhold)
         self._scope.enter_context(recording)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Union
 
 import tensorflow as tf
+from tensorflow.core.framework.attr_value_pb2 import AttrValue
 
 __all__ = [
     "Gradient",
@@ -128,15 +129,15 @@ def rarely(condition: tf.Tensor, action: Callable[[], None]) -> None:
         condition: Shape: scalar, bool.
         action: Changes variables, and returns nothing.
     """
-    if tf.executing_eagerly():
-        if condition:
-            action()
-        return
+
+    def act() -> tf.Tensor:
+        action()
+        return tf.constant(0)
+
     if tf.get_static_value(condition):
         action()
         return
-    then = tf.function(action, autograph=False).get_concrete_function()
-    captured = then.captured_inputs
-    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in captured]
-    otherwise = tf.function(lambda *_: None, autograph=False).get_concrete_function(*specs)
-    tf.raw_ops.If(cond=condition, input=captured, Tout=[], then_branch=then, else_branch=otherwise)
+    done = tf.cond(condition, act, lambda: tf.constant(0))
+    conditional = None if tf.executing_eagerly() else done.op.inputs[0].op
+    if conditional is not None and conditional.type == "If":
+        conditional._set_attr("_lower_using_switch_merge", AttrValue(b=False))

@@ -142,12 +142,11 @@ def _has_rows(leaf: Any) -> bool:
             leaf,
             "Use accum_steps, which takes batches as they are.",
         )
-    return leaf.shape.rank != 0
+    return bool(leaf.shape.rank != 0)
 
 
 def _static_rows(tensor: Any) -> Optional[int]:
-    rows = None if tensor.shape.rank is None else tensor.shape[0]
-    return rows  # type: ignore[no-any-return]
+    return None if tensor.shape.rank is None else tensor.shape[0]
 
 
 def _common_rows(tensors: Sequence[Any]) -> tf.Tensor:

@@ -9,6 +9,7 @@ that the loop calls, however many slices there are.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional
 
@@ -32,11 +33,15 @@ class Slice:
         data: The rows of the slice, in the structure of the batch.
         index: Which slice of the batch it is. Shape: scalar, int32.
         batch: All slices.
+        windows: The windows of the model's optimizers.
     """
 
-    def __init__(self, model: Any, data: Any, index: tf.Tensor, batch: Slices) -> None:
+    def __init__(
+        self, model: Any, data: Any, index: tf.Tensor, batch: Slices, windows: Windows
+    ) -> None:
         self.index = index
         self._model = model
+        self._windows = windows
         self._batch = batch
         self._graph = _keras.current_graph()
         rows = count_rows(data)
@@ -48,8 +53,16 @@ class Slice:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Have metrics that count batches take the slice for a part of one."""
-        with weigh_means(self._model, self._share):
+        with weigh_means(self._model, self._share_seen_from_here):
             yield
+
+    def publish_share(self) -> None:
+        """Let functions that the step calls know the share, though they may capture no tensor."""
+        self._windows.slice_share.assign(self._share)
+
+    def _share_seen_from_here(self) -> tf.Tensor:
+        is_within_reach = _keras.current_graph() is self._graph
+        return self._share if is_within_reach else self._windows.slice_share.read_value()
 
     def hand_over(self, handed: Handed, *, is_counted: bool) -> None:
         """Note a window that the slice has gone into, and how its update is made.
@@ -58,7 +71,11 @@ class Slice:
             handed: The call of an optimizer.
             is_counted: Whether its window has been told which slice this is.
         """
-        self._handed.append(handed._replace(slices=self._batch.total if is_counted else None))
+        if is_counted:
+            handed = handed._replace(slices=self._batch.total)
+        else:
+            self._windows.remember(handed)
+        self._handed.append(handed)
 
     def withhold(self, call: LossCall) -> None:
         """Keep a call of the compiled loss from its metrics, if it can be seen from outside."""
@@ -67,7 +84,7 @@ class Slice:
         else:
             call.tell_metrics(self._rows)
 
-    def outcome(self, logs: Any, windows: Windows) -> _Outcome:
+    def outcome(self, logs: Any) -> _Outcome:
         """What is kept of the slice, and what is made of it when all slices are done."""
         kept = Kept()
         calls = [keep_loss(call, kept, self._share, self._batch.rows) for call in self._calls]
@@ -79,7 +96,8 @@ class Slice:
                 tell()
             for handed, whole in zip(self._handed, arguments):
                 args, kwargs = whole()
-                windows.end_batch(handed._replace(args=args, kwargs=kwargs))
+                self._windows.end_batch(handed._replace(args=args, kwargs=kwargs))
+            self._windows.end_others(self._handed)
             return whole_logs()
 
         return _Outcome(kept, finish)
@@ -87,10 +105,10 @@ class Slice:
     def _keep_arguments(self, handed: Handed, kept: Kept) -> Callable[[], Any]:
         """What the model passes to an optimizer beside the gradients: the last slice's."""
         given = handed.args, handed.kwargs
-        leaves = []
+        leaves: list[Callable[[], Any]] = []
         for leaf in tf.nest.flatten(given):
             if not _keras.is_symbolic(leaf):
-                leaves.append(lambda leaf=leaf: leaf)
+                leaves.append(functools.partial(_same, leaf))
             elif leaf.graph is self._graph:
                 leaves.append(kept.replace(leaf))
             else:
@@ -100,6 +118,10 @@ class Slice:
                     "train_step itself."
                 )
         return lambda: tf.nest.pack_sequence_as(given, [whole() for whole in leaves])
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 class _Outcome(NamedTuple):
@@ -136,10 +158,10 @@ def train_in_slices(
 
     def run(index: tf.Tensor, tensors: list[Any]) -> _Outcome:
         data = slices.pack(tensors)
-        slice_ = Slice(model, data, index, slices)
+        slice_ = Slice(model, data, index, slices, windows)
         with slice_.running():
             logs = micro_step(data, slice_)
-        return slice_.outcome(logs, windows)
+        return slice_.outcome(logs)
 
     if tf.executing_eagerly():
         return _run_eagerly(windows, slices, run)

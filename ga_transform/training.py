@@ -74,7 +74,7 @@ class Accumulating:
             windows,
             (args, kwargs),
             split.micro_batch_size,
-            lambda data, slice_: self._micro_step(windows, *data, slice_),
+            lambda data, slice_: self._micro_step(windows, data[0], data[1], slice_),
         )
 
     def _micro_step(

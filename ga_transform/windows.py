@@ -59,11 +59,13 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self._calls: dict[tuple[int, Turn], Optional[Call]] = self._no_dependency({})
         self._flushes = self._no_dependency({})
         self._followers = self._no_dependency({})
+        self._from_functions: dict[tuple[int, Turn], Handed] = self._no_dependency({})
         with tf.init_scope():
-            #: What the step's batch and its latest compiled loss weigh, for functions that the
-            #: step calls: these keep what they have captured, and must capture no tensor of it.
+            #: What the step's batch and its latest compiled loss weigh, and the share of a batch
+            #: that its slice is, for functions that the step calls: these keep what they have captured, and must capture no tensor of it.
             self.batch_weight = self._no_dependency(tf.Variable(1.0, False, dtype=tf.float64))
             self.loss_weight = self._no_dependency(tf.Variable(1.0, False, dtype=tf.float64))
+            self.slice_share = self._no_dependency(tf.Variable(1.0, False, dtype=tf.float64))
         #: Whether a step of the model has come here.
         self.has_stepped = False
         self._warned = self._no_dependency(set())
@@ -205,6 +207,24 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
         iterations = getattr(optimizer, "iterations", None)
         window.end_batch(variables, iterations, update_and_follow, slices)
+
+    def remember(self, handed: Handed) -> None:
+        """Keep a call that stands in a function which a step of slices calls.
+
+        It fills its window again when the function runs without being traced.
+        """
+        self._from_functions[id(handed.optimizer), handed.turn] = handed
+
+    def end_others(self, handed: Sequence[Handed]) -> None:
+        """Make the updates of windows that functions have filled which were traced before.
+
+        Args:
+            handed: The calls whose updates are made already.
+        """
+        seen = {(id(each.optimizer), each.turn) for each in handed}
+        for key, each in self._from_functions.items():
+            if key not in seen:
+                self.end_batch(each)
 
     def follow(self, window: Window, follower: Any, action: Callable[[], Any]) -> None:
         """Have what follows a window's updates in a step follow its flush, too."""

@@ -437,7 +437,7 @@ ARGUMENTS = [
     ),
 ]
 
-LEAVE_OUT = "Leave it out: Accumulate, Scale and the clips can be."
+LEAVE_OUT = "Leave it out: Split, Accumulate, Scale and the clips can be."
 
 #: Chains that are right, and that this version does not carry out.
 NOT_YET = [

@@ -106,6 +106,8 @@ class Window(AutoTrackable):  # type: ignore[misc]
 
         Shape: scalar.
         """
+        if self.is_single:
+            return tf.cast(weight > 0, weight.dtype)
         if not self._keep_size:
             return weight
         usual = tf.where(self.is_empty(slice_index), weight, self.reference)
@@ -265,9 +267,10 @@ class Window(AutoTrackable):  # type: ignore[misc]
         Returns:
             Whether a book has been in use without one of them.
         """
-        return any(
-            [self._book(share.kind).open(share, variables, self._keep_sparse) for share in shares]
-        )
+        has_grown = False
+        for share in shares:
+            has_grown |= self._book(share.kind).open(share, variables, self._keep_sparse)
+        return has_grown
 
     def _book(self, kind: str) -> _Book:
         if kind not in self._books:
