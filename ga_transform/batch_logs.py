@@ -119,7 +119,7 @@ def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
         Makes the logs of the batch.
     """
     results = _results(model)
-    by_name = {metric.name: metric.result for metric in model.metrics}
+    by_name: dict[Any, Whole] = {metric.name: metric.result for metric in model.metrics}
     names = {id(leaf): name for name, leaf in logs.items()} if isinstance(logs, Mapping) else {}
 
     def keep(leaf: Any) -> Whole:

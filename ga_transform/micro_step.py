@@ -19,7 +19,7 @@ from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
 from ga_transform.numerics import Gradient, added, map_values, values_of, widened
 from ga_transform.stages import apply_stages
-from ga_transform.stages.accumulate import Share, Window, apply_shares
+from ga_transform.stages.accumulate import Share, Window, update_with
 from ga_transform.weighting import Weighting
 from ga_transform.windows import Handed, Windows
 
@@ -224,7 +224,7 @@ class MicroStep:
                 update = self._windows.update_of(
                     handed.optimizer, handed.turn, handed.args, handed.kwargs
                 )
-                apply_shares(handed.variables, shares, update)
+                update_with(handed.variables, shares, update)
                 return
             index = self._slice_index()
             if window.add(handed.variables, shares, weight, index):

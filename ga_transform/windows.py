@@ -395,6 +395,11 @@ def _as_handed(gradient: Gradient, dtype: tf.DType) -> Gradient:
     Optimizers reduce gradients over replicas in one call, which takes them of one graph only.
     """
     if isinstance(gradient, tf.IndexedSlices):
-        indices, shape = tf.identity(gradient.indices), gradient.dense_shape
-        return tf.IndexedSlices(tf.identity(tf.cast(gradient.values, dtype)), indices, shape)
-    return tf.identity(tf.cast(gradient, dtype))
+        values, indices = _here(tf.cast(gradient.values, dtype)), _here(gradient.indices)
+        return tf.IndexedSlices(values, indices, gradient.dense_shape)
+    return _here(tf.cast(gradient, dtype))
+
+
+def _here(tensor: tf.Tensor) -> tf.Tensor:
+    is_here = getattr(tensor, "graph", None) is _keras.current_graph()
+    return tensor if is_here else tf.identity(tensor)

@@ -442,12 +442,9 @@ LEAVE_OUT = "Leave it out: Split, Accumulate, Scale and the clips can be."
 #: Chains that are right, and that this version does not carry out.
 NOT_YET = [
     (
-        {"micro_batch_size": 4},
+        {"micro_batch_size": 4, "whole_batch_loss": True},
         NotImplementedError,
-        (
-            "Split cannot be carried out in this version; got Split(micro_batch_size=4). "
-            f"{LEAVE_OUT}"
-        ),
+        "Split.whole_batch_loss must be False in this version; got True. Leave it out.",
     ),
     (
         {"accum_steps": 2, "precision": "float32"},

@@ -18,7 +18,7 @@ from ga_transform.loss_terms import MEAN
 from ga_transform.numerics import Gradient, added, map_values, rarely, widened
 from ga_transform.stages.sums import DenseSum, SparseSum
 
-__all__ = ["Share", "Update", "Window", "apply_shares"]
+__all__ = ["Share", "Update", "Window", "update_with"]
 
 #: Applies the gradients of an update; None where a variable has none.
 Update = Callable[[list[Optional[Gradient]], list[tf.Variable]], None]
@@ -74,8 +74,6 @@ class Window(AutoTrackable):  # type: ignore[misc]
     @property
     def holds(self) -> int:
         """The micro-batches that wait for another batch, also while a function is traced."""
-        if not self._crosses_batches:
-            return 0  # what a batch that failed has left is written over
         with tf.init_scope():
             return int(self.micro_batches.numpy())
 
@@ -183,24 +181,37 @@ class Window(AutoTrackable):  # type: ignore[misc]
                 batches = self.batches
                 batches.assign_add(tf.cast(is_last, tf.int64))
             is_last &= batches >= self._steps_at(iterations)
-        rarely(is_last, lambda: self.flush(update, variables))
+        is_due = is_last & self._weighs_anything()
+        rarely(is_due, lambda: _make_update(variables, self._totals(), update))
+        self._close(is_last)
 
-    def flush(self, update: Update, variables: Sequence[tf.Variable] = ()) -> None:
+    def flush(self, update: Update) -> None:
         """Make the update of what is stored, with its own weights.
 
         Args:
-            update: Makes the update, if the window weighs anything.
-            variables: What the optimizer is to be handed, with a gradient or without.
+            update: As in `end_batch`.
         """
-        apply_shares(variables, [book.total() for book in self._books.values()], update)
-        self.discard()
-        if len(self._steps) > 1:
-            self.updates.assign_add(1)
+        rarely(self._weighs_anything(), lambda: _make_update([], self._totals(), update))
+        self._close(tf.constant(True))
 
     def discard(self) -> None:
         """Forget what the window holds."""
         for count in self._counts():
             count.assign(0)
+
+    def _weighs_anything(self) -> tf.Tensor:
+        # Without rows, or without a valid one, there is nothing to update with.
+        return tf.add_n([book.weight.read_value() for book in self._books.values()]) > 0
+
+    def _totals(self) -> list[Share]:
+        return [book.total() for book in self._books.values()]
+
+    def _close(self, is_last: tf.Tensor) -> None:
+        """Begin another window, where this one has had its last batch."""
+        for count in self._counts():
+            count.assign(tf.where(is_last, tf.zeros_like(count), count))
+        if len(self._steps) > 1:
+            self.updates.assign_add(tf.cast(is_last, tf.int64))
 
     # ---- in files --------------------------------------------------------------------------
 
@@ -374,31 +385,32 @@ class _Book(AutoTrackable):  # type: ignore[misc]
             self._idle.add(variable.ref())
 
 
-def apply_shares(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
-    """Divide what is to be divided, add up the kinds, and make the update.
-
-    What weighs nothing (no rows, or none valid) makes none: it changes nothing.
-    """
-
-    def make() -> tf.Tensor:
-        gradients: dict[Any, Gradient] = {}
-        for share in shares:
-            for reference, gradient in share.gradients.items():
-                if share.kind == MEAN:
-                    gradient = _divided(gradient, share.weight)
-                if reference in gradients:
-                    gradient = added(gradients[reference], gradient, reference.deref())
-                gradients[reference] = gradient
-        handed = {variable.ref(): variable for variable in variables}
-        handed.update((reference, reference.deref()) for reference in gradients)
-        update([gradients.get(reference) for reference in handed], list(handed.values()))
-        return tf.constant(0)
-
-    weighs_anything = tf.add_n([share.weight for share in shares]) > 0
-    tf.cond(weighs_anything, make, lambda: tf.constant(0))
+def make_update(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
+    """Divide what is to be divided, add up the kinds, and make the update."""
+    gradients: dict[Any, Gradient] = {}
+    for share in shares:
+        divide = _division(share)
+        for reference, gradient in share.gradients.items():
+            gradient = divide(gradient)
+            if reference in gradients:
+                gradient = added(gradients[reference], gradient, reference.deref())
+            gradients[reference] = gradient
+    handed = {variable.ref(): variable for variable in variables}
+    handed.update((reference, reference.deref()) for reference in gradients)
+    update([gradients.get(reference) for reference in handed], list(handed.values()))
 
 
-def _divided(gradient: Gradient, weight: tf.Tensor) -> Gradient:
+def _division(share: Share) -> Callable[[Gradient], Gradient]:
+    """What makes means of a share's sums."""
+    if share.kind != MEAN:
+        return lambda gradient: gradient
     # Where only another kind weighs anything, the sums of this one are zeros.
-    divisor = tf.where(weight > 0, weight, tf.ones_like(weight))
-    return map_values(lambda values: values / tf.cast(divisor, values.dtype), widened(gradient))
+    weight = tf.where(share.weight > 0, share.weight, tf.ones_like(share.weight))
+    divisors: dict[tf.DType, tf.Tensor] = {}
+
+    def divide(gradient: Gradient) -> Gradient:
+        gradient = widened(gradient)
+        divisor = divisors.setdefault(gradient.dtype, tf.cast(weight, gradient.dtype))
+        return map_values(lambda values: values / divisor, gradient)
+
+    return divide
