@@ -385,7 +385,18 @@ class _Book(AutoTrackable):  # type: ignore[misc]
             self._idle.add(variable.ref())
 
 
-def make_update(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
+def update_with(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
+    """Make the update of a window of one, which nothing has stored, if it weighs anything."""
+
+    def make() -> tf.Tensor:
+        _make_update(variables, shares, update)
+        return tf.constant(0)
+
+    weighs_anything = tf.add_n([share.weight for share in shares]) > 0
+    tf.cond(weighs_anything, make, lambda: tf.constant(0))
+
+
+def _make_update(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
     """Divide what is to be divided, add up the kinds, and make the update."""
     gradients: dict[Any, Gradient] = {}
     for share in shares:
