@@ -62,7 +62,8 @@ def make_accumulating(
     Args:
         model: A `tf_keras.Model`, compiled or not, new or in the midst of its training.
         accum_steps: Batches an update, >= 1; or a schedule ``{update: steps}``.
-        micro_batch_size: Rows a slice into which every batch is cut inside the graph.
+        micro_batch_size: Rows a slice, >= 1, into which every batch is cut inside the graph; the
+            last slice may have fewer. One batch is one update (with `accum_steps`, so many are).
         agc: Adaptive gradient clipping of each update: True, a clip factor > 0, or a
             `ClipByAGC`.
         precision: "mixed_float16", "mixed_bfloat16", "float32", or a `Precision`.
@@ -80,8 +81,8 @@ def make_accumulating(
         TypeError: The model is no `tf_keras.Model`, or an argument has a wrong type.
         ValueError: An argument or the chain breaks a rule, or the model is converted already
             or cannot be copied.
-        NotImplementedError: This version does not carry out what is asked for: `Split`,
-            `Precision`, `BatchNorm`, `on_nonfinite="micro_batch"`, or several devices.
+        NotImplementedError: This version does not carry out what is asked for: `Precision`,
+            `BatchNorm`, `whole_batch_loss`, `on_nonfinite="micro_batch"`, or several devices.
 
     Example:
         >>> import tf_keras, ga_transform as ga

@@ -105,11 +105,19 @@ class BatchNorm(Transform):
 
 @attrs.frozen
 class Split(Transform):
-    """Cut every batch into micro-batches inside the graph.
+    """Cut every batch into micro-batches inside the graph; one batch stays one update.
 
     Args:
-        micro_batch_size: Rows a slice, an int >= 1.
+        micro_batch_size: Rows a slice, an int >= 1. The last slice of a batch may have fewer.
         whole_batch_loss: Take the loss on the outputs of all slices together.
+
+    Raises:
+        ValueError, TypeError: A field breaks its rule.
+
+    Example:
+        >>> import ga_transform as ga
+        >>> print(ga.Split(32))
+        Split(micro_batch_size=32)
     """
 
     role: ClassVar[str] = "window"

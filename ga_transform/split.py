@@ -204,7 +204,7 @@ def _run_in_graph(windows: Windows, slices: Slices, run: Run) -> Any:
         windows.begin_batch()
     start = tf.zeros_like(slices.count)
     begun = [tf.zeros([], each.dtype) for each in kept.sums]
-    empty = [tf.zeros([size or 0 for size in each.shape], each.dtype) for each in kept.latest]
+    empty = [tf.zeros(_smallest(each.shape), each.dtype) for each in kept.latest]
     open_shapes = [each.shape for each in kept.latest]
     _, sums, latest = tf.while_loop(
         lambda index, *_: index < slices.count,
@@ -222,3 +222,8 @@ def _run_in_graph(windows: Windows, slices: Slices, run: Run) -> Any:
         )
     kept.sums[:], kept.latest[:] = sums, latest
     return finish()
+
+
+def _smallest(shape: tf.TensorShape) -> list[int]:
+    """A shape that a tensor may have which is never looked at."""
+    return [] if shape.rank is None else [size or 0 for size in shape]

@@ -2,12 +2,13 @@
 
 The path of a gradient:
 
-1. `Accumulating.train_step`, here, runs the model's own `train_step` as a `MicroStep`.
+1. `Accumulating.train_step`, here, runs the model's own `train_step` as a `MicroStep`: once, or
+   on each slice of the batch (`split.py`).
 2. `Accumulating.compute_loss`, here, has the micro-step weigh the loss.
 3. The model hands its gradients to its optimizer, which hands them to the micro-step
    (`micro_step.py`), and this to the optimizer's `Window` (`stages/accumulate.py`).
-4. The window's last micro-batch makes the update: the stages (`stages/`), then the optimizer
-   itself (`windows.py`).
+4. The window stores them. With its last batch it makes the update: the stages (`stages/`), then
+   the optimizer itself (`windows.py`).
 """
 
 from __future__ import annotations

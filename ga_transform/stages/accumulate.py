@@ -421,7 +421,8 @@ def _division(share: Share) -> Callable[[Gradient], Gradient]:
 
     def divide(gradient: Gradient) -> Gradient:
         gradient = widened(gradient)
-        divisor = divisors.setdefault(gradient.dtype, tf.cast(weight, gradient.dtype))
-        return map_values(lambda values: values / divisor, gradient)
+        if gradient.dtype not in divisors:
+            divisors[gradient.dtype] = tf.cast(weight, gradient.dtype)
+        return map_values(lambda values: values / divisors[values.dtype], gradient)
 
     return divide

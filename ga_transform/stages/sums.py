@@ -38,7 +38,7 @@ class DenseSum(AutoTrackable):  # type: ignore[misc]
 
     def read(self) -> Gradient:
         """What is stored."""
-        return self.values.read_value()
+        return tf.convert_to_tensor(self.values)
 
     def _cast(self, gradient: Gradient) -> Gradient:
         return map_values(lambda values: tf.cast(values, self.values.dtype), gradient)
