@@ -15,6 +15,7 @@ from tensorflow.python.ops.control_flow_v2_func_graphs import (
 from tf_keras import Model, Sequential, optimizers
 from tf_keras.layers import Layer
 from tf_keras.losses import Loss, Reduction
+from tf_keras.metrics import Metric
 from tf_keras.src.engine import data_adapter, functional
 from tf_keras.src.engine.base_layer_utils import REVIVED_LOSS_PLACEHOLDER
 from tf_keras.src.engine.compile_utils import LossesContainer
@@ -54,6 +55,7 @@ __all__ = [
     "is_on_one_device",
     "is_optimizer",
     "is_symbolic",
+    "metrics_of",
     "optimizers_of",
     "optimizers_within",
     "output_layers",
@@ -114,6 +116,12 @@ def _attributes(holder: Any) -> list[Any]:
 def averages_of(model: Any) -> list[Any]:
     """The moving averages of weights that a model and its layers hold."""
     return held_by(model, lambda item: isinstance(item, tf.train.ExponentialMovingAverage))
+
+
+def metrics_of(model: Any) -> list[Any]:
+    """The metrics of a model, of its compile, and of its layers, each once."""
+    held = [layer for layer in model._flatten_layers() if isinstance(layer, Metric)]
+    return list({id(metric): metric for metric in (*model.metrics, *held)}.values())
 
 
 def held_by(model: Any, is_wanted: Callable[[Any], bool]) -> list[Any]:

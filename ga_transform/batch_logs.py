@@ -16,6 +16,7 @@ from typing import Any
 import tensorflow as tf
 from tf_keras import metrics as keras_metrics
 
+from ga_transform import _keras
 from ga_transform.loss_terms import SUM, LossCall, LossTerm, is_by_rows
 
 __all__ = ["Kept", "keep_logs", "keep_loss", "weigh_means"]
@@ -74,7 +75,8 @@ def keep_loss(
         call._replace(
             terms=[whole() for whole in terms],
             regularization=regularization[0]() if regularization else None,
-        ).tell_metrics(tf.cast(batch_rows, tf.float64))
+            rows=None if call.rows is None else tf.cast(batch_rows, tf.float64),
+        ).tell_metrics()
 
     return tell
 
@@ -125,6 +127,8 @@ def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
     def keep(leaf: Any) -> Whole:
         if id(leaf) in results:
             return results[id(leaf)]
+        if isinstance(leaf, tf.Variable):
+            return functools.partial(_read, leaf)  # when the update has been made
         if not tf.is_tensor(leaf):
             return functools.partial(_same, leaf)
         if names.get(id(leaf)) in by_name:  # taken in a function that the step calls
@@ -141,10 +145,14 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _read(variable: tf.Variable) -> tf.Tensor:
+    return variable.read_value()
+
+
 def _results(model: Any) -> dict[int, Whole]:
     """By the identity of the metrics' latest results, what takes them again."""
     found: dict[int, Whole] = {}
-    for metric in model.metrics:
+    for metric in _keras.metrics_of(model):
         latest = getattr(metric, "_call_result", None)
         if isinstance(latest, dict):
             for name, tensor in latest.items():
@@ -170,8 +178,9 @@ def weigh_means(model: Any, share: Callable[[], tf.Tensor]) -> Iterator[None]:
         weighed: set[int] = set()
 
         def weigh() -> None:
-            for metric in model.metrics:
-                replacement = _WEIGHED.get(type(metric).update_state)
+            for metric in _keras.metrics_of(model):
+                is_mean = isinstance(metric, keras_metrics.Mean)
+                replacement = _WEIGHED.get(type(metric).update_state) if is_mean else None
                 if replacement is not None and id(metric) not in weighed:
                     weighed.add(id(metric))
                     update_state = functools.partial(replacement, metric, share)
@@ -190,12 +199,15 @@ def weigh_means(model: Any, share: Callable[[], tf.Tensor]) -> Iterator[None]:
 @contextmanager
 def _replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
     """Put a function before an object's method, which it is given first."""
-    own = getattr(owner, name)
+    own, is_of_object = getattr(owner, name), name in vars(owner)
     setattr(owner, name, functools.partial(replacement, own))
     try:
         yield
     finally:
-        setattr(owner, name, own)
+        if is_of_object:
+            setattr(owner, name, own)
+        else:
+            delattr(owner, name)
 
 
 def _update_mean(

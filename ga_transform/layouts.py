@@ -108,6 +108,8 @@ class StateLayout(NamedTuple):
     #: The micro-batches of the fullest window, be it written or not.
     pending: int
     optimizers: Sequence[OptimizerLayout] = ()
+    #: Whether batches were split, so that micro-batches and batches were counted apart.
+    is_split: bool = False
 
     def to_config(self) -> dict[str, Any]:
         """In JSON's types, with a version."""
@@ -120,7 +122,8 @@ class StateLayout(NamedTuple):
         Raises:
             ValueError: It is not what `to_config` returns, or of a later version.
         """
-        if not isinstance(config, Mapping) or set(config) != {"version", *cls._fields}:
+        parts = {"version", *cls._fields}
+        if not isinstance(config, Mapping) or not parts - {"is_split"} <= set(config) <= parts:
             raise not_as_written("its parts are " + ", ".join(("version", *cls._fields)), config)
         version = config["version"]
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -135,6 +138,7 @@ class StateLayout(NamedTuple):
             _list(config["trained"], _count),
             _count(config["pending"]),
             _list(config["optimizers"], OptimizerLayout.read),
+            _flag(config.get("is_split", False)),
         )
 
 

@@ -70,22 +70,21 @@ class LossCall(NamedTuple):
     terms: list[LossTerm]
     #: Regularisers and `add_loss`. Shape: scalar.
     regularization: Optional[tf.Tensor]
+    #: Of the targets. Shape: scalar, float64.
+    rows: Optional[tf.Tensor]
 
-    def tell_metrics(self, rows: tf.Tensor) -> None:
-        """Update the metrics of the loss as tf_keras does: a batch weighs its rows.
-
-        Args:
-            rows: Of the batch. Shape: scalar.
-        """
+    def tell_metrics(self) -> None:
+        """Update the metrics of the loss as tf_keras does: a batch weighs its rows."""
+        weight = self.rows
         for term in self.terms:
-            if term.elements is not None:
-                rows *= tf.cast(term.elements, rows.dtype)
+            weight = self.rows
+            if term.elements is not None and weight is not None:
+                weight *= term.elements
             if term.metric is not None:
-                term.metric.update_state(term.value, sample_weight=rows)
+                term.metric.update_state(term.value, sample_weight=weight)
         parts = [term.weighted for term in self.terms]
         parts += [] if self.regularization is None else [self.regularization]
         if parts:
-            weight = rows if self.terms else None  # as tf_keras, which counts those of targets
             self.container._total_loss_mean.update_state(total_of(parts), sample_weight=weight)
 
 
@@ -144,7 +143,7 @@ class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
             return super().__call__(y_true, y_pred, sample_weight, regularization_losses)
         if not self._built:
             self.build(y_pred)
-        terms: list[LossTerm] = []
+        terms = list[LossTerm]()  # AutoGraph refuses annotations of what a function changes
 
         def note(term: LossTerm) -> None:
             terms.append(term)
@@ -165,7 +164,8 @@ class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
             self._losses, self._per_output_metrics, self._total_loss_mean = losses, metrics, mean
         if self._withhold is not None:
             regularization = total_of(regularization_losses) if regularization_losses else None
-            self._withhold(LossCall(self, terms, regularization))
+            rows = count_rows(y_true) if terms else None
+            self._withhold(LossCall(self, terms, regularization, rows))
         return loss
 
 

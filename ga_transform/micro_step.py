@@ -90,8 +90,9 @@ class MicroStep:
             self._data,
             keeps_kinds_apart=self.has_kinds,
             is_own_step=not self._is_keras_step,
+            share=None if self._slice is None else self._slice.share,
         )
-        if self._slice is not None and not self._is_keras_step:
+        if self._slice is not None:
             self._slice.publish_share()
         withhold = None if self._slice is None else self._slice.withhold
         recording = record_losses(self.model.compiled_loss, self._weighting.note, withhold)
@@ -246,7 +247,9 @@ class MicroStep:
 
     def _slice_index(self) -> Optional[tf.Tensor]:
         """Which slice of its batch this is, where a graph can see it."""
-        if self._slice is None or _keras.current_graph() is not self._graph:
+        # Eagerly, a slice that hands over nothing may be the last.
+        is_seen = not tf.executing_eagerly() and _keras.current_graph() is self._graph
+        if self._slice is None or not is_seen:
             return None
         return self._slice.index
 

@@ -45,8 +45,9 @@ class Slice:
         self._batch = batch
         self._graph = _keras.current_graph()
         rows = count_rows(data)
-        self._rows = tf.ones([], tf.float64) if rows is None else rows
-        self._share = tf.math.divide_no_nan(self._rows, tf.cast(batch.rows, tf.float64))
+        total = tf.cast(batch.rows, tf.float64)
+        #: Of the batch's rows, those of the slice. Shape: scalar, float64.
+        self.share = tf.ones_like(total) if rows is None else tf.math.divide_no_nan(rows, total)
         self._handed: list[Handed] = []
         self._calls: list[LossCall] = []
 
@@ -58,11 +59,11 @@ class Slice:
 
     def publish_share(self) -> None:
         """Let functions that the step calls know the share, though they may capture no tensor."""
-        self._windows.slice_share.assign(self._share)
+        self._windows.slice_share.assign(self.share)
 
     def _share_seen_from_here(self) -> tf.Tensor:
         is_within_reach = _keras.current_graph() is self._graph
-        return self._share if is_within_reach else self._windows.slice_share.read_value()
+        return self.share if is_within_reach else self._windows.slice_share.read_value()
 
     def hand_over(self, handed: Handed, *, is_counted: bool) -> None:
         """Note a window that the slice has gone into, and how its update is made.
@@ -82,13 +83,13 @@ class Slice:
         if _keras.current_graph() is self._graph:
             self._calls.append(call)
         else:
-            call.tell_metrics(self._rows)
+            call.tell_metrics()
 
     def outcome(self, logs: Any) -> _Outcome:
         """What is kept of the slice, and what is made of it when all slices are done."""
         kept = Kept()
-        calls = [keep_loss(call, kept, self._share, self._batch.rows) for call in self._calls]
-        whole_logs = keep_logs(logs, self._model, kept, self._share)
+        calls = [keep_loss(call, kept, self.share, self._batch.rows) for call in self._calls]
+        whole_logs = keep_logs(logs, self._model, kept, self.share)
         arguments = [self._keep_arguments(handed, kept) for handed in self._handed]
 
         def finish() -> Any:
@@ -171,11 +172,16 @@ def train_in_slices(
 def _run_eagerly(windows: Windows, slices: Slices, run: Run) -> Any:
     windows.begin_batch()
     sums: Optional[list[tf.Tensor]] = None
-    for index in tf.range(slices.total):
-        kept, finish = run(index, slices.take(index))
-        if sums is not None:
-            kept.sums[:] = map(tf.add, sums, kept.sums)
-        sums = kept.sums
+    try:
+        for index in tf.range(slices.total):
+            kept, finish = run(index, slices.take(index))
+            # A step that is run eagerly may do other things with each slice.
+            if sums is not None and len(sums) == len(kept.sums):
+                kept.sums[:] = map(tf.add, sums, kept.sums)
+            sums = kept.sums
+    except BaseException:
+        windows.begin_batch()  # what was done of the batch is forgotten
+        raise
     return finish()
 
 
@@ -206,7 +212,7 @@ def _run_in_graph(windows: Windows, slices: Slices, run: Run) -> Any:
     begun = [tf.zeros([], each.dtype) for each in kept.sums]
     empty = [tf.zeros(_smallest(each.shape), each.dtype) for each in kept.latest]
     open_shapes = [each.shape for each in kept.latest]
-    _, sums, latest = tf.while_loop(
+    index, sums, latest = tf.while_loop(
         lambda index, *_: index < slices.count,
         body,
         (start, begun, empty),
@@ -221,7 +227,8 @@ def _run_in_graph(windows: Windows, slices: Slices, run: Run) -> Any:
             lambda: (sums, latest),
         )
     kept.sums[:], kept.latest[:] = sums, latest
-    return finish()
+    with tf.control_dependencies([index]):
+        return finish()
 
 
 def _smallest(shape: tf.TensorShape) -> list[int]:

@@ -8,7 +8,7 @@ own they are the rows, or what a function of the user's says.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import tensorflow as tf
 
@@ -30,6 +30,7 @@ class Weighting:
         data: A batch, as Keras gives it to `train_step`.
         keeps_kinds_apart: Whether sums and means are differentiated one by one.
         is_own_step: Whether the step is the model's own, and may call functions of TensorFlow.
+        share: Of its batch's rows, those of the micro-batch, where it is a slice.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class Weighting:
         *,
         keeps_kinds_apart: bool,
         is_own_step: bool,
+        share: Optional[tf.Tensor] = None,
     ) -> None:
         self._model = model
         self._windows = windows
         self._data = data
+        self._share = tf.ones([], tf.float64) if share is None else share
         self._graph = _keras.current_graph()
         self._terms: list[LossTerm] = []
         self._spent = 0
@@ -155,8 +158,10 @@ class Weighting:
                     "Return the count that the batch's mean loss divides by.",
                 )
             return weight
-        if self._weighting in ("equal", "sum"):
+        if self._weighting == "sum":
             return tf.ones([], tf.float64)
+        if self._weighting == "equal":
+            return self._share  # batches are alike
         # A mean over rows is one over those of the targets, where there are any.
         has_targets = isinstance(self._data, tuple) and len(self._data) in (2, 3)
         rows = count_rows((self._data[1] if has_targets else None, self._data))

@@ -295,7 +295,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 call = None if self._followers.get(id(window)) else self._calls.get(key)
                 layouts.append(WindowLayout(place, turn, call, books))
         trained = _keras.trained_positions(self._model())
-        return StateLayout(layouts, trained, self.pending, self._built())
+        return StateLayout(layouts, trained, self.pending, self._built(), self._is_split)
 
     def _built(self) -> list[OptimizerLayout]:
         """What the optimizers have slots for, but for those that train other variables, too."""
@@ -320,6 +320,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             # What is frozen since must not move, and a window of one stores nothing.
             and (not begun or layout.trained == _keras.trained_positions(model))
             and (not begun or self.accumulate.steps != 1)
+            and (not begun or layout.is_split == self._is_split)
         )
 
     def arrange(self, layouts: Sequence[WindowLayout]) -> None:

@@ -133,10 +133,12 @@ def test_losses_that_are_no_means(float64, reduction):
     model.compile(cases.optimizers.SGD(0.01), tf_keras.losses.MeanSquaredError(reduction))
     rng = np.random.default_rng(0)
     batches = [(rng.normal(size=[rows, 3]), rng.normal(size=[rows, 1])) for rows in BATCHES]
-    if reduction == "none":
-        model.layers[0].kernel_regularizer = None
-        model = tf_keras.Sequential([tf_keras.Input([3]), layers.Dense(1)])
-        model.compile(cases.optimizers.SGD(0.01), tf_keras.losses.MeanSquaredError(reduction))
+    if reduction == "none":  # to which tf_keras adds no regularisers
+        inputs = tf_keras.Input([3])
+        model = tf_keras.Model(inputs, [layers.Dense(1)(inputs), layers.Dense(1)(inputs)])
+        losses = [tf_keras.losses.MeanSquaredError(reduction)] * 2
+        model.compile(cases.optimizers.SGD(0.01), losses)
+        batches = [(x, (y, -y)) for x, y in batches]
     train_both(model, lambda: cases.dataset(batches))
 
 
@@ -205,6 +207,25 @@ class Traced(Own):
         return Own.train_step(self, data)
 
 
+class Inside(Own):
+    """The compiled loss is taken in a function of TensorFlow's, and counts are summed up."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = tf_keras.metrics.Sum(name="seen")
+
+    @tf.function(reduce_retracing=True)
+    def move(self, x, y):
+        with tf.GradientTape() as tape:
+            loss = self.compiled_loss(y, self(x, training=True))
+        self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+
+    def train_step(self, data):
+        self.move(*data)
+        self.seen.update_state(tf.shape(data[0])[0])
+        return {metric.name: metric.result() for metric in self.metrics}
+
+
 class Compiled(Own):
     """The compiled loss and metrics, in a step and a compute_loss of its own."""
 
@@ -256,7 +277,13 @@ def own_pair(model_class, **compile_arguments):
 @pytest.mark.parametrize("how", [{}, {"run_eagerly": True}], ids=str)
 @pytest.mark.parametrize(
     ("model_class", "compile_arguments"),
-    [(Own, {}), (Traced, {}), (Averaged, {}), (Compiled, {"loss": "mse", "metrics": ["mae"]})],
+    [
+        (Own, {}),
+        (Traced, {}),
+        (Averaged, {}),
+        (Inside, {"loss": "mse"}),
+        (Compiled, {"loss": "mse", "metrics": ["mae"]}),
+    ],
 )
 def test_steps_of_its_own(float64, model_class, compile_arguments, how):
     """Weights, trackers and returned numbers are those of the batch."""
@@ -295,6 +322,47 @@ def test_a_tensor_that_the_optimizer_is_given(float64):
     with pytest.warns(ga.InexactWarning, match="passes tensors to apply_gradients"):
         split.fit(data(), verbose=0)
     cases.assert_same_weights(split, plain, start, 1e-9)
+
+
+def test_a_slice_that_hands_over_nothing(float64):
+    """Run eagerly, a step may leave out a slice, the last one too; the others make the update."""
+
+    class Picky(Own):
+        def train_step(self, data):
+            if bool(tf.reduce_all(data[1] < 0)):
+                return {"raw": tf.constant(0.0, tf.float64)}
+            return super().train_step(data)
+
+    _, split = own_pair(Picky, run_eagerly=True)
+    before = split.get_weights()
+    split.train_on_batch(np.ones([8, 3]), np.repeat([[1.0], [-1.0]], 4, 0))
+    assert int(split.optimizer.iterations) == 1
+    assert np.abs(split.get_weights()[0] - before[0]).max() > 0.01
+
+
+def test_equal_weighting_is_of_batches(float64):
+    """Batches weigh alike, whatever their rows; within a batch rows do."""
+    case = compiled("dense", "momentum")
+    start = cases.weights_of(case.model)
+    chain = [ga.Split(ROWS), ga.Accumulate(1, weighting="equal")]
+    model = ga.make_accumulating(case.model, transforms=chain)
+    for each in (model, case.model):
+        each.fit(batches_of(case)(), verbose=0)
+    cases.assert_same_weights(model, case.model, start, 1e-9)
+
+
+def test_a_checkpoint_goes_on_only_where_batches_are_counted_alike(tmp_path):
+    """Slices are micro-batches, and no batches: else the window is dropped with a warning."""
+    case = compiled("conv")
+    (batches,) = cases.make_batches(case, [[4, 4]])
+    ways = [{"accum_steps": 3}, {"accum_steps": 3, "micro_batch_size": 2}]
+    for number, (one, other) in enumerate([ways, ways[::-1]]):
+        model, loaded = (ga.make_accumulating(case.model, **way) for way in (one, other))
+        model.train_on_batch(*batches[0])
+        path = tf.train.Checkpoint(model).write(str(tmp_path / str(number)))
+        tf.train.Checkpoint(loaded).read(path)
+        with pytest.warns(UserWarning, match="pending micro-batches, which are dropped"):
+            loaded.train_on_batch(*batches[1])
 
 
 # ---- batches of every structure --------------------------------------------------------------

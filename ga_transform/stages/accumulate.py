@@ -417,7 +417,7 @@ def _division(share: Share) -> Callable[[Gradient], Gradient]:
         return lambda gradient: gradient
     # Where only another kind weighs anything, the sums of this one are zeros.
     weight = tf.where(share.weight > 0, share.weight, tf.ones_like(share.weight))
-    divisors: dict[tf.DType, tf.Tensor] = {}
+    divisors = dict[tf.DType, tf.Tensor]()  # AutoGraph refuses an annotation here
 
     def divide(gradient: Gradient) -> Gradient:
         gradient = widened(gradient)
