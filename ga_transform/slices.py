@@ -164,11 +164,13 @@ def _common_rows(tensors: Sequence[Any]) -> tf.Tensor:
     if len(tensors) == 1 or len(known) == len(different):
         return tf.cast(rows_of(tensors[0]), tf.int32)
     counts = tf.stack([tf.cast(rows_of(tensor), tf.int32) for tensor in tensors])
-    same = tf.debugging.Assert(
-        tf.reduce_all(counts == counts[0]), [rule.format("their numbers of rows:"), counts], 32
+    are_same = tf.reduce_all(counts == counts[0])
+    failing = tf.debugging.Assert(
+        are_same, [rule.format("their numbers of rows:"), counts], len(tensors)
     )
-    with tf.control_dependencies([] if same is None else [same]):
-        return tf.identity(counts[0])
+    with tf.control_dependencies([] if failing is None else [failing]):
+        # No rows, so that it is this line that is heard of, not that of an op that has failed too.
+        return tf.where(are_same, counts[0], 0)
 
 
 def _rows_a_slice(rows: Optional[int], micro_batch_size: int) -> Optional[int]:
