@@ -38,6 +38,11 @@ class Kept:
         position = len(self.sums) - 1
         return lambda: self.sums[position]
 
+    @staticmethod
+    def as_it_is(value: Any) -> Whole:
+        """What no slice has made."""
+        return lambda: value
+
     def replace(self, tensor: Any) -> Whole:
         """Keep the last slice's; of ragged and sparse tensors, too."""
         parts = tf.nest.flatten(tensor, expand_composites=True)
@@ -128,9 +133,9 @@ def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
         if id(leaf) in results:
             return results[id(leaf)]
         if isinstance(leaf, tf.Variable):
-            return functools.partial(_read, leaf)  # when the update has been made
+            return leaf.read_value  # type: ignore[no-any-return]  # after the update
         if not tf.is_tensor(leaf):
-            return functools.partial(_same, leaf)
+            return kept.as_it_is(leaf)
         if names.get(id(leaf)) in by_name:  # taken in a function that the step calls
             return by_name[names[id(leaf)]]
         if leaf.dtype.is_floating and leaf.shape.rank == 0:
@@ -139,14 +144,6 @@ def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
 
     leaves = [keep(leaf) for leaf in tf.nest.flatten(logs)]
     return lambda: tf.nest.pack_sequence_as(logs, [whole() for whole in leaves])
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _read(variable: tf.Variable) -> tf.Tensor:
-    return variable.read_value()
 
 
 def _results(model: Any) -> dict[int, Whole]:

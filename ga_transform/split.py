@@ -9,7 +9,6 @@ that the loop calls, however many slices there are.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional
 
@@ -109,7 +108,7 @@ class Slice:
         leaves: list[Callable[[], Any]] = []
         for leaf in tf.nest.flatten(given):
             if not _keras.is_symbolic(leaf):
-                leaves.append(functools.partial(_same, leaf))
+                leaves.append(kept.as_it_is(leaf))
             elif leaf.graph is self._graph:
                 leaves.append(kept.replace(leaf))
             else:
@@ -119,10 +118,6 @@ class Slice:
                     "train_step itself."
                 )
         return lambda: tf.nest.pack_sequence_as(given, [whole() for whole in leaves])
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 class _Outcome(NamedTuple):

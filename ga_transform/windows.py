@@ -62,7 +62,8 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self._from_functions: dict[tuple[int, Turn], Handed] = self._no_dependency({})
         with tf.init_scope():
             #: What the step's batch and its latest compiled loss weigh, and the share of a batch
-            #: that its slice is, for functions that the step calls: these keep what they have captured, and must capture no tensor of it.
+            #: that its slice is, for functions that the step calls: these keep what they have
+            #: captured, and must capture no tensor of it.
             self.batch_weight = self._no_dependency(tf.Variable(1.0, False, dtype=tf.float64))
             self.loss_weight = self._no_dependency(tf.Variable(1.0, False, dtype=tf.float64))
             self.slice_share = self._no_dependency(tf.Variable(1.0, False, dtype=tf.float64))

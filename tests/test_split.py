@@ -161,16 +161,13 @@ def test_metrics_are_those_of_the_batch(float64):
         metrics=["mae", of_rows, of_batch, tf_keras.metrics.RootMeanSquaredError()],
         weighted_metrics=["mse"],
     )
-    train_both(case.model, batches_of(case), fit={"validation_data": None})
+    train_both(case.model, batches_of(case))
 
 
 def test_class_weights(float64):
     """Class weights, which tf_keras makes sample weights of."""
     case = compiled("conv", metrics=["accuracy"])
-    data = batches_of(case)
-    labels = cases.MODELS["conv"]
-    assert labels is cases.conv
-    train_both(case.model, data, fit={"class_weight": {0: 0.5, 1: 2.0, 2: 1.0}})
+    train_both(case.model, batches_of(case), fit={"class_weight": {0: 0.5, 1: 2.0, 2: 1.0}})
 
 
 # ---- steps of the model's own ----------------------------------------------------------------
