@@ -18,8 +18,13 @@ __all__ = ["ask_or_note", "line_of"]
 
 ROOT = Path(__file__).parent.parent
 
-#: The ancestor is written for tf.keras, which has to be tf_keras for all to be comparable.
-ENVIRONMENT = {"TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+ENVIRONMENT = {
+    # The ancestor is written for tf.keras, which has to be tf_keras for all to be comparable.
+    "TF_USE_LEGACY_KERAS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    # Imports find byte code, as those of an installed package do.
+    "PYTHONDONTWRITEBYTECODE": "",
+}
 
 
 class ProcessFailedError(RuntimeError):

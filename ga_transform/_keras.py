@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Optional
 
 import tensorflow as tf
@@ -62,6 +63,7 @@ __all__ = [
     "positions_of",
     "register_under",
     "shared_by_replicas",
+    "tracing_once",
     "trained_positions",
     "unpack_x_y_sample_weight",
     "variable_key",
@@ -122,6 +124,28 @@ def metrics_of(model: Any) -> list[Any]:
     """The metrics of a model, of its compile, and of its layers, each once."""
     held = [layer for layer in model._flatten_layers() if isinstance(layer, Metric)]
     return list({id(metric): metric for metric in (*model.metrics, *held)}.values())
+
+
+def tracing_once(optimizers_called: Iterable[Any] = ()) -> contextlib.AbstractContextManager[Any]:
+    """Have a function that makes variables in its first trace not be traced a second time.
+
+    `tf.function` does so in order to have a trace that makes none. It need not where all are made
+    outside of functions (`tf.init_scope`), as optimizers, metrics and windows make theirs.
+
+    Args:
+        optimizers_called: Those that the function calls. tf_keras's Nadam counts in Python while
+            it is traced: it goes on as in a plain model if it is traced as often.
+    """
+    called = [getattr(each, "inner_optimizer", each) for each in optimizers_called]
+    if any(isinstance(each, optimizers.Nadam) for each in called):
+        return contextlib.nullcontext()
+
+    def make(next_creator: Callable[..., Any], **kwargs: Any) -> Any:
+        if tf.executing_eagerly():
+            kwargs["experimental_enable_variable_lifting"] = False
+        return next_creator(**kwargs)
+
+    return tf.variable_creator_scope(make)  # type: ignore[no-any-return]
 
 
 def held_by(model: Any, is_wanted: Callable[[Any], bool]) -> list[Any]:

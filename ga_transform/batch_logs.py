@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,7 +117,8 @@ def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
 
     Args:
         logs: Its results. Those of metrics are taken again when all slices are done, other
-            numbers are means over rows, and of everything else the last slice's is kept.
+            numbers are means over rows, and the last slice's is kept of everything else, and of
+            numbers that a graph computes from the state of metrics.
         model: The model, with its metrics.
         kept: Where to.
         share: Of the batch's rows, those of the slice. Shape: scalar, float64.
@@ -126,6 +127,7 @@ def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
         Makes the logs of the batch.
     """
     results = _results(model)
+    states = [state for metric in _keras.metrics_of(model) for state in metric.variables]
     by_name: dict[Any, Whole] = {metric.name: metric.result for metric in model.metrics}
     names = {id(leaf): name for name, leaf in logs.items()} if isinstance(logs, Mapping) else {}
 
@@ -138,7 +140,7 @@ def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
             return kept.as_it_is(leaf)
         if names.get(id(leaf)) in by_name:  # taken in a function that the step calls
             return by_name[names[id(leaf)]]
-        if leaf.dtype.is_floating and leaf.shape.rank == 0:
+        if leaf.dtype.is_floating and leaf.shape.rank == 0 and not _is_made_of(leaf, states):
             return kept.add_up(_times(leaf, share))
         return kept.replace(leaf)
 
@@ -157,6 +159,24 @@ def _results(model: Any) -> dict[int, Whole]:
         elif latest is not None:
             found[id(latest)] = metric.result
     return found
+
+
+def _is_made_of(tensor: tf.Tensor, variables: Iterable[tf.Variable]) -> bool:
+    """Whether the graph of a tensor reads one of some variables to compute it."""
+    if not _keras.is_symbolic(tensor):
+        return False
+    handles = {id(variable.handle) for variable in variables}
+    wanted = {inner.op.name for outer, inner in tensor.graph.captures if id(outer) in handles}
+    seen, ahead = set[str](), [tensor.op]
+    while ahead:
+        operation = ahead.pop()
+        inputs = [each.op for each in operation.inputs]
+        if operation.type == "ReadVariableOp" and inputs[0].name in wanted:
+            return True
+        if operation.name not in seen:
+            seen.add(operation.name)
+            ahead += inputs
+    return False
 
 
 def _item_of_result(metric: Any, name: str) -> Any:

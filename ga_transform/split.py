@@ -191,7 +191,8 @@ def _run_in_graph(windows: Windows, slices: Slices, run: Run) -> Any:
     # Traced before the loop, which must know what it carries.
     specs = tf.nest.flatten(slices.specs(), expand_composites=True)
     index_spec = tf.TensorSpec([], slices.count.dtype)
-    function = tf.function(step, autograph=False).get_concrete_function(index_spec, *specs)
+    with _keras.tracing_once():
+        function = tf.function(step, autograph=False).get_concrete_function(index_spec, *specs)
     kept, finish = outcomes[-1]
 
     def take_in(index: tf.Tensor, sums: list[tf.Tensor], tensors: list[Any]) -> Any:

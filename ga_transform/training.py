@@ -68,15 +68,16 @@ class Accumulating:
         """
         windows = self._open_windows()
         split = self._accumulating_chain.find(Split)
-        if split is None:
-            return self._micro_step(windows, args, kwargs)
-        return train_in_slices(
-            self,
-            windows,
-            (args, kwargs),
-            split.micro_batch_size,
-            lambda data, slice_: self._micro_step(windows, data[0], data[1], slice_),
-        )
+        with _keras.tracing_once(_keras.optimizers_within(self)):
+            if split is None:
+                return self._micro_step(windows, args, kwargs)
+            return train_in_slices(
+                self,
+                windows,
+                (args, kwargs),
+                split.micro_batch_size,
+                lambda data, slice_: self._micro_step(windows, data[0], data[1], slice_),
+            )
 
     def _micro_step(
         self, windows: Windows, args: Any, kwargs: Any, slice_: Optional[Slice] = None

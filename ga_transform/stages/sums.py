@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from ga_transform._keras import AutoTrackable
-from ga_transform.numerics import Gradient, as_dense, as_slices, map_values
+from ga_transform.numerics import Gradient, as_dense, as_slices, map_values, rarely
 
 __all__ = ["DenseSum", "SparseSum"]
 
@@ -45,7 +45,11 @@ class DenseSum(AutoTrackable):  # type: ignore[misc]
 
 
 class SparseSum(AutoTrackable):  # type: ignore[misc]
-    """A sum of slices, kept as the slices themselves: no pass over the table they are of."""
+    """A sum of slices, kept as the slices themselves: no pass over the table they are of.
+
+    Each micro-batch writes its slices behind those before it, into variables that have room for
+    the longest window so far.
+    """
 
     def __init__(self, shape: tf.TensorShape, dtype: tf.DType) -> None:
         row = shape[1:]
@@ -53,40 +57,45 @@ class SparseSum(AutoTrackable):  # type: ignore[misc]
         # By another name than a dense sum's, for which a checkpoint must not take it.
         self.slices = tf.Variable(tf.zeros([0, *row], dtype), trainable=False, shape=[None, *row])
         self.rows = tf.Variable(tf.zeros([0], tf.int64), trainable=False, shape=[None])
+        self.held = tf.Variable(0, trainable=False, dtype=tf.int64)
 
     def state(self) -> list[tf.Variable]:
         """The variables in one order."""
-        return [self.slices, self.rows]
+        return [self.slices, self.rows, self.held]
 
     def clear(self) -> None:
         """Store nothing."""
-        self._write(self.slices[:0], self.rows[:0])
+        self.held.assign(0)
 
     def put(self, gradient: Gradient) -> None:
         """Write a gradient over whatever is stored."""
-        self._write(*self._parts(gradient))
+        self._write(gradient, tf.constant(0, tf.int64))
 
     def add(self, gradient: Gradient) -> None:
         """Add a gradient to what is stored."""
-        slices = self.plus(gradient)
-        self._write(slices.values, slices.indices)
-
-    def plus(self, gradient: Gradient) -> tf.IndexedSlices:
-        """What is stored together with a gradient, which is not stored."""
-        values, rows = self._parts(gradient)
-        return self._slices(tf.concat([self.slices, values], 0), tf.concat([self.rows, rows], 0))
+        self._write(gradient, self.held.read_value())
 
     def read(self) -> Gradient:
         """What is stored."""
-        return self._slices(self.slices.read_value(), self.rows.read_value())
-
-    def _write(self, values: tf.Tensor, rows: tf.Tensor) -> None:
-        self.slices.assign(values)
-        self.rows.assign(rows)
-
-    def _parts(self, gradient: Gradient) -> tuple[tf.Tensor, tf.Tensor]:
-        slices = as_slices(gradient)
-        return tf.cast(slices.values, self.slices.dtype), tf.cast(slices.indices, tf.int64)
-
-    def _slices(self, values: tf.Tensor, rows: tf.Tensor) -> tf.IndexedSlices:
+        # Gathered, because to read the variables whole would copy them whole.
+        held = tf.range(self.held)
+        values, rows = tf.gather(self.slices, held), tf.gather(self.rows, held)
         return tf.IndexedSlices(values, rows, tf.constant(self._dense_shape, tf.int64))
+
+    def _write(self, gradient: Gradient, start: tf.Tensor) -> None:
+        """Write a gradient behind the first slices."""
+        slices = as_slices(gradient)
+        end = start + tf.size(slices.indices, tf.int64)
+        room = tf.raw_ops.VariableShape(input=self.rows.handle, out_type=tf.int64)[0]
+        rarely(end > room, lambda: self._make_room(start, tf.maximum(end, 2 * room)))
+        places = tf.range(start, end)
+        for variable, values in ((self.slices, slices.values), (self.rows, slices.indices)):
+            values = tf.cast(values, variable.dtype)
+            variable.scatter_update(tf.IndexedSlices(values, places))
+        self.held.assign(end)
+
+    def _make_room(self, held: tf.Tensor, room: tf.Tensor) -> None:
+        for variable in (self.slices, self.rows):
+            kept = tf.gather(variable, tf.range(held))
+            free = tf.zeros([room - held, *variable.shape[1:]], variable.dtype)
+            variable.assign(tf.concat([kept, free], 0))
