@@ -60,9 +60,11 @@ __all__ = [
     "optimizers_of",
     "optimizers_within",
     "output_layers",
+    "parts_of",
     "positions_of",
     "register_under",
     "shared_by_replicas",
+    "trace_again",
     "tracing_once",
     "trained_positions",
     "unpack_x_y_sample_weight",
@@ -146,6 +148,23 @@ def tracing_once(optimizers_called: Iterable[Any] = ()) -> contextlib.AbstractCo
         return next_creator(**kwargs)
 
     return tf.variable_creator_scope(make)  # type: ignore[no-any-return]
+
+
+def parts_of(model: Any) -> set[int]:
+    """The identities of what a first step may add to a model, beside the metrics of its compile."""
+    layers = list(model._flatten_layers())
+    metrics = [metric for layer in layers for metric in getattr(layer, "_metrics", ())]
+    parts = [*layers, *metrics, *optimizers_within(model), *averages_of(model)]
+    return set(map(id, parts))
+
+
+def trace_again() -> None:
+    """Have the function that is traced for the first time be traced a second time.
+
+    As one that makes a variable.
+    """
+    with tf.init_scope():
+        tf.Variable(0, trainable=False)
 
 
 def held_by(model: Any, is_wanted: Callable[[Any], bool]) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,9 @@ from ga_transform import _keras
 from ga_transform.loss_terms import SUM, LossCall, LossTerm, is_by_rows
 
 __all__ = ["Kept", "keep_logs", "keep_loss", "weigh_means"]
+
+#: The operations that call a function.
+_CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
 #: What becomes of a tensor of a slice, when all slices are done.
 Whole = Callable[[], Any]
@@ -112,7 +115,14 @@ def _quotient(value: tf.Tensor, divisor: tf.Tensor) -> tf.Tensor:
     return tf.math.divide_no_nan(value, tf.cast(divisor, value.dtype))
 
 
-def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
+def keep_logs(
+    logs: Any,
+    model: Any,
+    kept: Kept,
+    share: tf.Tensor,
+    late: Collection[tf.Variable],
+    warn_of_lateness: Callable[[], None],
+) -> Whole:
     """Keep what `train_step` returned for a slice.
 
     Args:
@@ -122,6 +132,8 @@ def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
         model: The model, with its metrics.
         kept: Where to.
         share: Of the batch's rows, those of the slice. Shape: scalar, float64.
+        late: The state of metrics that hear of the batch when all slices are done.
+        warn_of_lateness: Called where a number is computed from these.
 
     Returns:
         Makes the logs of the batch.
@@ -138,10 +150,13 @@ def keep_logs(logs: Any, model: Any, kept: Kept, share: tf.Tensor) -> Whole:
             return leaf.read_value  # type: ignore[no-any-return]  # after the update
         if not tf.is_tensor(leaf):
             return kept.as_it_is(leaf)
-        if names.get(id(leaf)) in by_name:  # taken in a function that the step calls
-            return by_name[names[id(leaf)]]
-        if leaf.dtype.is_floating and leaf.shape.rank == 0 and not _is_made_of(leaf, states):
-            return kept.add_up(_times(leaf, share))
+        if _is_made_of(leaf, states):
+            if _is_made_of(leaf, late):
+                warn_of_lateness()
+        elif leaf.dtype.is_floating and leaf.shape.rank == 0:
+            mean = kept.add_up(_times(leaf, share))
+            result = by_name.get(names.get(id(leaf)))
+            return mean if result is None or not _is_taken_elsewhere(leaf, result) else result
         return kept.replace(leaf)
 
     leaves = [keep(leaf) for leaf in tf.nest.flatten(logs)]
@@ -161,7 +176,17 @@ def _results(model: Any) -> dict[int, Whole]:
     return found
 
 
-def _is_made_of(tensor: tf.Tensor, variables: Iterable[tf.Variable]) -> bool:
+def _is_taken_elsewhere(number: tf.Tensor, result: Whole) -> bool:
+    """Whether a number under a metric's name is its result, taken in a function."""
+    if not _keras.is_symbolic(number):
+        return bool(tf.reduce_all(tf.equal(number, tf.cast(result(), number.dtype))))
+    operation = number.op
+    while operation.type in ("Identity", "Cast"):
+        operation = operation.inputs[0].op
+    return operation.type in _CALLS
+
+
+def _is_made_of(tensor: tf.Tensor, variables: Collection[tf.Variable]) -> bool:
     """Whether the graph of a tensor reads one of some variables to compute it."""
     if not _keras.is_symbolic(tensor):
         return False
@@ -171,7 +196,8 @@ def _is_made_of(tensor: tf.Tensor, variables: Iterable[tf.Variable]) -> bool:
     while ahead:
         operation = ahead.pop()
         inputs = [each.op for each in operation.inputs]
-        if operation.type == "ReadVariableOp" and inputs[0].name in wanted:
+        # A function that is called may do anything with them.
+        if operation.type not in _CALLS and wanted & {each.name for each in inputs}:
             return True
         if operation.name not in seen:
             seen.add(operation.name)
@@ -208,8 +234,9 @@ def weigh_means(model: Any, share: Callable[[], tf.Tensor]) -> Iterator[None]:
             weigh()
 
         weigh()
-        if model.compiled_metrics is not None:
-            stack.enter_context(_replaced(model.compiled_metrics, "build", build))
+        for container in (model.compiled_loss, model.compiled_metrics):
+            if container is not None:
+                stack.enter_context(_replaced(container, "build", build))
         yield
 
 

@@ -73,6 +73,18 @@ class LossCall(NamedTuple):
     #: Of the targets. Shape: scalar, float64.
     rows: Optional[tf.Tensor]
 
+    @property
+    def metrics(self) -> list[Any]:
+        """The metrics that are to be told."""
+        of_terms = [term.metric for term in self.terms if term.metric is not None]
+        return [self.container._total_loss_mean, *of_terms]
+
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether metrics that are told of parts of a batch have heard of all of it."""
+        numbers = all(is_by_rows(term) and term.value.shape.rank == 0 for term in self.terms)
+        return self.rows is not None and numbers
+
     def tell_metrics(self) -> None:
         """Update the metrics of the loss as tf_keras does: a batch weighs its rows."""
         weight = self.rows

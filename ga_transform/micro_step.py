@@ -230,10 +230,14 @@ class MicroStep:
             index = self._slice_index()
             if window.add(handed.variables, shares, weight, index):
                 self._windows.trace_again()
+        present = {reference for share in shares for reference in share.gradients}
+        self._warn_of_zeros(window.lacking(present))
         if self._slice is None:
             self._windows.end_batch(handed)
+        elif index is None:
+            self._slice.hand_over(handed, is_counted=False)
         else:
-            self._slice.hand_over(handed, is_counted=index is not None)
+            self._slice.hand_over(handed._replace(present=present), is_counted=True)
 
     def _ready_with(self, shares: list[Share]) -> list[tf.Tensor]:
         """What must be there before a window changes: the loss, or else all gradients.
@@ -322,6 +326,17 @@ class MicroStep:
                 "arguments",
                 f"{self.model.name}: train_step passes tensors to apply_gradients beside the "
                 "gradients. An update is given those of its last micro-batch only.",
+            )
+
+    def _warn_of_zeros(self, variables: list[tf.Variable]) -> None:
+        """Say, once, that a window may have gradients for variables which this batch has not."""
+        if variables:
+            names = ", ".join(variable.name for variable in variables)
+            self._windows.warn_once(
+                "zeros",
+                f"{self.model.name}: some batches give no gradient to {names}. Where all of a "
+                "window give none, the optimizer is handed zeros, which moments and weight decay "
+                "see; plain tf_keras leaves such variables out.",
             )
 
     def _kind(self, optimizer: Any) -> str:

@@ -78,17 +78,24 @@ class Slice:
         self._handed.append(handed)
 
     def withhold(self, call: LossCall) -> None:
-        """Keep a call of the compiled loss from its metrics, if it can be seen from outside."""
-        if _keras.current_graph() is self._graph:
-            self._calls.append(call)
-        else:
+        """Keep a call of the compiled loss from its metrics until they can be told of the batch.
+
+        They are told at once where that comes to the same, so that a step which computes
+        something of their results has those of the batch in the end; and where the call cannot
+        be seen from outside.
+        """
+        if call.is_by_rows or _keras.current_graph() is not self._graph:
             call.tell_metrics()
+        else:
+            self._calls.append(call)
 
     def outcome(self, logs: Any) -> _Outcome:
         """What is kept of the slice, and what is made of it when all slices are done."""
         kept = Kept()
         calls = [keep_loss(call, kept, self.share, self._batch.rows) for call in self._calls]
-        whole_logs = keep_logs(logs, self._model, kept, self.share)
+        metrics = [metric for call in self._calls for metric in call.metrics]
+        late = [state for metric in metrics for state in metric.variables]
+        whole_logs = keep_logs(logs, self._model, kept, self.share, late, self._warn_of_lateness)
         arguments = [self._keep_arguments(handed, kept) for handed in self._handed]
 
         def finish() -> Any:
@@ -101,6 +108,14 @@ class Slice:
             return whole_logs()
 
         return _Outcome(kept, finish)
+
+    def _warn_of_lateness(self) -> None:
+        self._windows.warn_once(
+            "lateness",
+            f"{self._model.name}: train_step computes a number from results of its compiled loss, "
+            "which is masked or a sum: with micro_batch_size they are those of the batch before. "
+            "Compute it in a callback.",
+        )
 
     def _keep_arguments(self, handed: Handed, kept: Kept) -> Callable[[], Any]:
         """What the model passes to an optimizer beside the gradients: the last slice's."""

@@ -67,17 +67,26 @@ class Accumulating:
             What the model's own `train_step` returns.
         """
         windows = self._open_windows()
-        split = self._accumulating_chain.find(Split)
+        if tf.executing_eagerly():
+            return self._step(windows, args, kwargs)
+        known = _keras.parts_of(self)
         with _keras.tracing_once(_keras.optimizers_within(self)):
-            if split is None:
-                return self._micro_step(windows, args, kwargs)
-            return train_in_slices(
-                self,
-                windows,
-                (args, kwargs),
-                split.micro_batch_size,
-                lambda data, slice_: self._micro_step(windows, data[0], data[1], slice_),
-            )
+            logs = self._step(windows, args, kwargs)
+        if _keras.parts_of(self) != known:
+            _keras.trace_again()  # with what the step has made in view from its beginning
+        return logs
+
+    def _step(self, windows: Windows, args: Any, kwargs: Any) -> Any:
+        split = self._accumulating_chain.find(Split)
+        if split is None:
+            return self._micro_step(windows, args, kwargs)
+        return train_in_slices(
+            self,
+            windows,
+            (args, kwargs),
+            split.micro_batch_size,
+            lambda data, slice_: self._micro_step(windows, data[0], data[1], slice_),
+        )
 
     def _micro_step(
         self, windows: Windows, args: Any, kwargs: Any, slice_: Optional[Slice] = None

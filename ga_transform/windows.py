@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import tensorflow as tf
@@ -37,6 +37,8 @@ class Handed(NamedTuple):
     kwargs: Any
     #: Of how many slices, if the window has been told their indices.
     slices: Optional[tf.Tensor] = None
+    #: References of the variables that have a gradient in these.
+    present: Optional[Container[Any]] = None
 
 
 class Windows(_keras.AutoTrackable):  # type: ignore[misc]
@@ -196,7 +198,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
     def end_batch(self, handed: Handed) -> None:
         """Make the update of a window, if it ends with this batch."""
-        optimizer, turn, variables, args, kwargs, slices = handed
+        optimizer, turn, variables, args, kwargs, slices, present = handed
         window = self.open(optimizer, turn)
         update = self.update_of(optimizer, turn, args, kwargs)
         followers = self._followers.get(id(window), {}).values() if self._is_split else ()
@@ -207,7 +209,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 follow()
 
         iterations = getattr(optimizer, "iterations", None)
-        window.end_batch(variables, iterations, update_and_follow, slices)
+        window.end_batch(variables, iterations, update_and_follow, slices, present)
 
     def remember(self, handed: Handed) -> None:
         """Keep a call that stands in a function which a step of slices calls.

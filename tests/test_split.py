@@ -62,7 +62,11 @@ def test_slices_reach_optimizers_that_are_lazy_with_them(float64, optimizer):
 
 @pytest.mark.parametrize(
     "how",
-    [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 3}],
+    [
+        {"run_eagerly": True},
+        pytest.param({"jit_compile": True}, marks=pytest.mark.long),
+        {"steps_per_execution": 3},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["branches", "words"])
@@ -82,7 +86,11 @@ def test_a_fixed_batch_size(float64):
         train_both(case.model, lambda data=data: data)
 
 
-@pytest.mark.parametrize("how", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"run_eagerly": True}, pytest.param({"jit_compile": True}, marks=pytest.mark.long)],
+    ids=str,
+)
 def test_together_with_accum_steps(float64, how):
     """A window of several batches, each cut into slices; the last one is partial."""
     case = compiled("dense", **how)
@@ -296,18 +304,169 @@ def test_steps_of_its_own(float64, model_class, compile_arguments, how):
         np.testing.assert_allclose(*kernels, rtol=1e-9)
 
 
+def logs_of_both(model_class, **compile_arguments):
+    """What both log of each batch of an epoch."""
+    logs = []
+    for model in own_pair(model_class, **compile_arguments):
+        seen = tf_keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda _, logs, model=model: model.seen.append(dict(logs))
+        )
+        model.seen = []
+        model.fit(own_data()(), callbacks=[seen], verbose=0)
+        logs.append({name: [each[name] for each in model.seen] for name in model.seen[0]})
+    return logs
+
+
+def assert_same_logs(theirs, ours):
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
+
+
 def test_numbers_made_of_metrics(float64):
-    """Not means over slices: what they are when the metric has seen the whole batch."""
+    """Not means over slices: what they are when the metrics have seen the whole batch."""
+
+    class Model(Compiled):
+        def train_step(self, data):
+            logs = super().train_step(data)
+            both = tf.cond(logs["mae"] > 0, lambda: logs["mae"] ** 2, lambda: logs["loss"])
+            return {**logs, "root": tf.sqrt(logs["loss"]), "both": both}
+
+    assert_same_logs(*logs_of_both(Model, loss="mse", metrics=["mae"]))
+
+
+def test_numbers_made_of_a_summed_loss(float64):
+    """A sum is told when all slices are done: what is made of it before is said to be late."""
+
+    class Model(Compiled):
+        def train_step(self, data):
+            logs = super().train_step(data)
+            return {**logs, "root": tf.sqrt(logs["loss"])}
+
+    loss = tf_keras.losses.MeanSquaredError(reduction="sum")
+    with pytest.warns(ga.InexactWarning, match="those of the batch before"):
+        theirs, ours = logs_of_both(Model, loss=loss)
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+    np.testing.assert_allclose(ours["root"][1:], theirs["root"][:-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{}, {"run_eagerly": True}], ids=str)
+def test_a_number_under_the_name_of_a_metric(float64, how):
+    """The batch's loss, which is not the mean over the epoch that the metric has."""
 
     class Model(Own):
         def train_step(self, data):
-            logs = super().train_step(data)
-            return {**logs, "root": tf.sqrt(self.tracker.result())}
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+            return {"loss": loss}
 
-    plain, split = own_pair(Model)
-    data = own_data([9])
-    theirs, ours = (model.fit(data(), verbose=0).history for model in (plain, split))
-    np.testing.assert_allclose(ours["root"], theirs["root"], rtol=1e-6)
+    assert_same_logs(*logs_of_both(Model, loss="mse", **how))
+
+
+def test_a_loss_that_updates_the_metrics_of_compile(float64):
+    """Which the first step has made."""
+
+    class Model(Own):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                y_pred = self(x, training=True)
+                loss = self.compute_loss(x, y, y_pred)
+            self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+            for metric in self.metrics:
+                given = (loss,) if metric.name in ("loss", "tracked") else (y, y_pred)
+                metric.update_state(*given)
+            return {metric.name: metric.result() for metric in self.metrics}
+
+    assert_same_logs(*logs_of_both(Model, loss="mse", metrics=["mae"]))
+
+
+@pytest.mark.parametrize("arguments", [{"micro_batch_size": 4}, {"accum_steps": 2}], ids=str)
+def test_what_the_first_step_makes(float64, arguments):
+    """Metrics, layers and a moving average: in view of the trace that trains."""
+
+    class Made(layers.Layer):
+        def build(self, shape):
+            self.dense = layers.Dense(1)
+
+        def call(self, inputs):
+            outputs = self.dense(inputs)
+            self.add_metric(tf.reduce_mean(outputs**2), name="power")
+            return outputs
+
+    class Model(tf_keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.made, self.average = Made(), None
+
+        def call(self, inputs):
+            return self.made(inputs)
+
+        def train_step(self, data):
+            logs = super().train_step(data)
+            if self.average is None:
+                self.average = tf.train.ExponentialMovingAverage(0.5)
+            self.average.apply(self.trainable_variables)
+            return logs
+
+    batches = list(own_data([9, 9])().as_numpy_iterator())
+    averages, logs = [], []
+    for kind in ({}, arguments):
+        tf_keras.utils.set_random_seed(1)
+        model = Model()
+        model.compile(cases.optimizers.Adam(0.05), "mse")
+        whole = kind == {} and "accum_steps" in arguments
+        data = cases.dataset([cases.concatenate(batches)] if whole else batches)
+        if kind:
+            model = ga.make_accumulating(model, inplace=True, **kind)
+        logs.append(model.fit(data, epochs=2, verbose=0).history)
+        averages.append(model.average.average(model.trainable_variables[0]).numpy())
+    np.testing.assert_allclose(*averages, rtol=1e-9)
+    assert_same_logs(*logs)
+
+
+class Sometimes(tf_keras.Model):
+    """A layer takes part in some batches only."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.sometimes = layers.Dense(1), layers.Dense(1, name="sometimes")
+
+    def call(self, inputs):
+        both = self.always(inputs["x"])
+        return both + self.sometimes(inputs["x"]) if "z" in inputs else both
+
+
+def train_sometimes(arguments):
+    """Plain and converted on batches with the layer, without it, and with it: two of each."""
+    rng, results = np.random.default_rng(0), []
+    pairs = [(rng.normal(size=[7, 3]), rng.normal(size=[7, 1])) for _ in range(6)]
+    for kind in ({}, arguments):
+        tf_keras.utils.set_random_seed(1)
+        model = Sometimes()
+        model({"x": pairs[0][0], "z": 0})
+        model.compile(cases.optimizers.AdamW(0.05), "mse")
+        if kind:
+            model = ga.make_accumulating(model, inplace=True, **kind)
+        start = cases.weights_of(model)
+        for place, (x, y) in enumerate(pairs):
+            has_both = place // 2 != 1
+            model.train_on_batch({"x": x, **({"z": x} if has_both else {})}, y)
+        results.append(model)
+    return *results, start
+
+
+def test_a_variable_without_a_gradient_in_some_batches_rests(float64):
+    """It is left out of updates without it, as in plain tf_keras, and not handed zeros."""
+    plain, split, start = train_sometimes({"micro_batch_size": 4})
+    cases.assert_same_weights(split, plain, start, 1e-9)
+
+
+def test_windows_that_may_hold_zeros_are_named():
+    with pytest.warns(ga.InexactWarning, match="some batches give no gradient to .*sometimes"):
+        train_sometimes({"accum_steps": 2})
 
 
 def test_a_tensor_that_the_optimizer_is_given(float64):

@@ -7,7 +7,7 @@ memory than need be. The update reads the sums when the window's last batch is d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import tensorflow as tf
@@ -111,6 +111,17 @@ class Window(AutoTrackable):  # type: ignore[misc]
         usual = tf.where(self.is_empty(slice_index), weight, self.reference)
         return weight / tf.where(usual > 0, usual, tf.ones_like(usual))
 
+    def lacking(self, present: Container[Any]) -> list[tf.Variable]:
+        """The variables that other batches of a window may have a gradient for.
+
+        Args:
+            present: References of those that this batch has one for.
+        """
+        if not self._crosses_batches:
+            return []
+        known = dict.fromkeys(ref for book in self._books.values() for ref in book.awake())
+        return [reference.deref() for reference in known if reference not in present]
+
     def begin_batch(self) -> None:
         """Prepare for the slices of a batch."""
         if not self._crosses_batches:
@@ -161,6 +172,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         iterations: Any,
         update: Update,
         slices: Optional[tf.Tensor] = None,
+        present: Optional[Container[Any]] = None,
     ) -> None:
         """Where the batch is the window's last, make the update.
 
@@ -169,6 +181,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
             iterations: The optimizer's count of updates, for a schedule.
             update: Makes the update, if the window weighs anything.
             slices: How many slices `add` has been given an index of.
+            present: References of the variables that have a gradient in these.
         """
         if slices is not None and self._crosses_batches:
             self.micro_batches.assign_add(tf.cast(slices, tf.int64))
@@ -182,7 +195,9 @@ class Window(AutoTrackable):  # type: ignore[misc]
                 batches.assign_add(tf.cast(is_last, tf.int64))
             is_last &= batches >= self._steps_at(iterations)
         is_due = is_last & self._weighs_anything()
-        rarely(is_due, lambda: _make_update(variables, self._totals(), update))
+        if self._crosses_batches:
+            present = None  # others may have them
+        rarely(is_due, lambda: _make_update(variables, self._totals(present), update))
         self._close(is_last)
 
     def flush(self, update: Update) -> None:
@@ -203,8 +218,8 @@ class Window(AutoTrackable):  # type: ignore[misc]
         # Without rows, or without a valid one, there is nothing to update with.
         return tf.add_n([book.weight.read_value() for book in self._books.values()]) > 0
 
-    def _totals(self) -> list[Share]:
-        return [book.total() for book in self._books.values()]
+    def _totals(self, present: Optional[Container[Any]] = None) -> list[Share]:
+        return [book.total(present) for book in self._books.values()]
 
     def _close(self, is_last: tf.Tensor) -> None:
         """Begin another window, where this one has had its last batch."""
@@ -324,6 +339,10 @@ class _Book(AutoTrackable):  # type: ignore[misc]
         self._idle.difference_update(woken)
         return bool(woken)
 
+    def awake(self) -> list[Any]:
+        """References of the variables that have had a gradient."""
+        return [reference for reference in self._sums if reference not in self._idle]
+
     def put(self, share: Optional[Share]) -> None:
         """Write a share over whatever is stored."""
         self.weight.assign(0 if share is None else share.weight)
@@ -337,12 +356,12 @@ class _Book(AutoTrackable):  # type: ignore[misc]
         for reference, gradient in share.gradients.items():
             self._sums[reference].add(gradient)
 
-    def total(self) -> Share:
-        """What is stored."""
+    def total(self, present: Optional[Container[Any]] = None) -> Share:
+        """What is stored: of all variables, or of those with these references."""
         gradients = {
-            reference: stored.read()
-            for reference, stored in self._sums.items()
-            if reference not in self._idle
+            reference: self._sums[reference].read()
+            for reference in self.awake()
+            if present is None or reference in present
         }
         return Share(self.kind, gradients, self.weight.read_value())
 
