@@ -39,6 +39,7 @@ __all__ = [
     "branch_of",
     "computes_in_float16",
     "condition_of",
+    "count_parts",
     "current_graph",
     "epoch_of_backup",
     "flatten_layers",
@@ -60,7 +61,6 @@ __all__ = [
     "optimizers_of",
     "optimizers_within",
     "output_layers",
-    "parts_of",
     "positions_of",
     "register_under",
     "shared_by_replicas",
@@ -150,19 +150,18 @@ def tracing_once(optimizers_called: Iterable[Any] = ()) -> contextlib.AbstractCo
     return tf.variable_creator_scope(make)  # type: ignore[no-any-return]
 
 
-def parts_of(model: Any) -> set[int]:
-    """The identities of what a first step may add to a model, beside the metrics of its compile."""
+def count_parts(model: Any) -> int:
+    """How many there are of what a first step may add to a model: layers, and what they hold.
+
+    The metrics that `compile` was given by name are left out.
+    """
     layers = list(model._flatten_layers())
     metrics = [metric for layer in layers for metric in getattr(layer, "_metrics", ())]
-    parts = [*layers, *metrics, *optimizers_within(model), *averages_of(model)]
-    return set(map(id, parts))
+    return len(layers) + len(metrics) + len(optimizers_within(model)) + len(averages_of(model))
 
 
 def trace_again() -> None:
-    """Have the function that is traced for the first time be traced a second time.
-
-    As one that makes a variable.
-    """
+    """Have the function that is traced for the first time be traced again: it makes a variable."""
     with tf.init_scope():
         tf.Variable(0, trainable=False)
 

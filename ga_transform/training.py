@@ -69,10 +69,10 @@ class Accumulating:
         windows = self._open_windows()
         if tf.executing_eagerly():
             return self._step(windows, args, kwargs)
-        known = _keras.parts_of(self)
+        parts = _keras.count_parts(self)
         with _keras.tracing_once(_keras.optimizers_within(self)):
             logs = self._step(windows, args, kwargs)
-        if _keras.parts_of(self) != known:
+        if _keras.count_parts(self) > parts:
             _keras.trace_again()  # with what the step has made in view from its beginning
         return logs
 
