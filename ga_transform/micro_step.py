@@ -19,7 +19,9 @@ from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
 from ga_transform.numerics import Gradient, added, map_values, values_of, widened
 from ga_transform.stages import apply_stages
-from ga_transform.stages.accumulate import Share, Window, update_with
+from ga_transform.stages.accumulate import Window
+from ga_transform.stages.books import Share
+from ga_transform.stages.update import update_with
 from ga_transform.weighting import Weighting
 from ga_transform.windows import Handed, Windows
 

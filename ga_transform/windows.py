@@ -20,7 +20,8 @@ from ga_transform.numerics import Gradient
 from ga_transform.optimizer_state import build_for, mend_wrapper, positions_built_for
 from ga_transform.specs import Accumulate, Split
 from ga_transform.stages import apply_stages
-from ga_transform.stages.accumulate import Update, Window
+from ga_transform.stages.accumulate import Window
+from ga_transform.stages.update import Update
 
 __all__ = ["Handed", "Windows"]
 

@@ -7,32 +7,18 @@ memory than need be. The update reads the sums when the window's last batch is d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Optional, Union
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, Optional, Union
 
 import tensorflow as tf
 
 from ga_transform._keras import AutoTrackable
 from ga_transform.layouts import SumLayout
-from ga_transform.loss_terms import MEAN
-from ga_transform.numerics import Gradient, added, map_values, rarely, widened
-from ga_transform.stages.sums import DenseSum, SparseSum
+from ga_transform.numerics import rarely
+from ga_transform.stages.books import Book, Share
+from ga_transform.stages.update import Update, make_update
 
-__all__ = ["Share", "Update", "Window", "update_with"]
-
-#: Applies the gradients of an update; None where a variable has none.
-Update = Callable[[list[Optional[Gradient]], list[tf.Variable]], None]
-
-
-class Share(NamedTuple):
-    """What one micro-batch gives to a window, of one kind of loss."""
-
-    #: `MEAN` or `SUM`: whether the window's sum is divided by its weight.
-    kind: str
-    #: By variable reference; multiplied by `weight` already, where the kind is `MEAN`.
-    gradients: Mapping[Any, Gradient]
-    #: In units of the window. Shape: scalar, float64.
-    weight: tf.Tensor
+__all__ = ["Window"]
 
 
 class Window(AutoTrackable):  # type: ignore[misc]
@@ -197,7 +183,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         is_due = is_last & self._weighs_anything()
         if self._crosses_batches:
             present = None  # others may have them
-        rarely(is_due, lambda: _make_update(variables, self._totals(present), update))
+        rarely(is_due, lambda: make_update(variables, self._totals(present), update))
         self._close(is_last)
 
     def flush(self, update: Update) -> None:
@@ -206,7 +192,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         Args:
             update: As in `end_batch`.
         """
-        rarely(self._weighs_anything(), lambda: _make_update([], self._totals(), update))
+        rarely(self._weighs_anything(), lambda: make_update([], self._totals(), update))
         self._close(tf.constant(True))
 
     def discard(self) -> None:
@@ -269,7 +255,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         children: dict[str, Any] = super()._trackable_children(save_type, **kwargs)
         if self.holds:
             return children
-        return {name: child for name, child in children.items() if not isinstance(child, _Book)}
+        return {name: child for name, child in children.items() if not isinstance(child, Book)}
 
     # ----------------------------------------------------------------------------------------
 
@@ -298,150 +284,8 @@ class Window(AutoTrackable):  # type: ignore[misc]
             has_grown |= self._book(share.kind).open(share, variables, self._keep_sparse)
         return has_grown
 
-    def _book(self, kind: str) -> _Book:
+    def _book(self, kind: str) -> Book:
         if kind not in self._books:
-            self._books[kind] = _Book(kind)
+            self._books[kind] = Book(kind)
             setattr(self, f"{kind}_book", self._books[kind])  # checkpointed under this name
         return self._books[kind]  # type: ignore[no-any-return]
-
-
-class _Book(AutoTrackable):  # type: ignore[misc]
-    """The sums of one kind of loss: of gradients, by variable, and of weights."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._sums = self._no_dependency({})
-        self._idle = self._no_dependency(set())
-        with tf.init_scope():
-            self.weight = tf.Variable(0, trainable=False, dtype=tf.float64)
-
-    def open(self, share: Share, variables: Sequence[tf.Variable], keep_sparse: bool) -> bool:
-        """See to it that each gradient of the share has a sum.
-
-        A variable without a gradient gets one too, which idles: variables can be made in the
-        first trace of a function only, and another trace may have a gradient for it.
-
-        Returns:
-            Whether a sum that idled in earlier traces does so no more.
-        """
-        for variable in variables:
-            reference = variable.ref()
-            if reference in self._sums:
-                continue
-            gradient = share.gradients.get(reference)
-            self._make_sum(
-                variable,
-                widened(variable if gradient is None else gradient).dtype,
-                is_sparse=keep_sparse and isinstance(gradient, tf.IndexedSlices),
-                is_idle=gradient is None,
-            )
-        woken = self._idle & share.gradients.keys()
-        self._idle.difference_update(woken)
-        return bool(woken)
-
-    def awake(self) -> list[Any]:
-        """References of the variables that have had a gradient."""
-        return [reference for reference in self._sums if reference not in self._idle]
-
-    def put(self, share: Optional[Share]) -> None:
-        """Write a share over whatever is stored."""
-        self.weight.assign(0 if share is None else share.weight)
-        for reference, stored in self._sums.items():
-            gradient = None if share is None else share.gradients.get(reference)
-            stored.clear() if gradient is None else stored.put(gradient)
-
-    def add(self, share: Share) -> None:
-        """Add a share to what is stored."""
-        self.weight.assign_add(share.weight)
-        for reference, gradient in share.gradients.items():
-            self._sums[reference].add(gradient)
-
-    def total(self, present: Optional[Container[Any]] = None) -> Share:
-        """What is stored: of all variables, or of those with these references."""
-        gradients = {
-            reference: self._sums[reference].read()
-            for reference in self.awake()
-            if present is None or reference in present
-        }
-        return Share(self.kind, gradients, self.weight.read_value())
-
-    def layout(self, positions: Mapping[Any, int]) -> Optional[list[SumLayout]]:
-        """Where the sums belong; None, if it cannot be said of one of them."""
-        if not self._sums.keys() <= positions.keys():
-            return None
-        return [
-            SumLayout(
-                positions[reference],
-                stored.state()[0].dtype.name,
-                isinstance(stored, SparseSum),
-                reference in self._idle,
-            )
-            for reference, stored in self._sums.items()
-        ]
-
-    def arrange(self, sums: Iterable[SumLayout], weights: Sequence[Any]) -> None:
-        """Make the sums that there are not yet."""
-        for position, dtype, is_sparse, is_idle in sums:
-            variable = weights[position]
-            if variable.ref() not in self._sums:
-                self._make_sum(variable, tf.as_dtype(dtype), is_sparse=is_sparse, is_idle=is_idle)
-            elif not is_idle:
-                self._idle.discard(variable.ref())
-
-    def state(self, sums: Iterable[SumLayout], weights: Sequence[Any]) -> list[tf.Variable]:
-        """The variables in the order of a layout."""
-        stored = [self._sums[weights[each.position].ref()] for each in sums]
-        return [self.weight, *(variable for each in stored for variable in each.state())]
-
-    def _make_sum(
-        self, variable: tf.Variable, dtype: tf.DType, *, is_sparse: bool, is_idle: bool
-    ) -> None:
-        with tf.init_scope():
-            made = (SparseSum if is_sparse else DenseSum)(variable.shape, dtype)
-        setattr(self, f"sum_{len(self._sums)}", made)  # checkpointed under this name
-        self._sums[variable.ref()] = made
-        if is_idle:
-            self._idle.add(variable.ref())
-
-
-def update_with(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
-    """Make the update of a window of one, which nothing has stored, if it weighs anything."""
-
-    def make() -> tf.Tensor:
-        _make_update(variables, shares, update)
-        return tf.constant(0)
-
-    weighs_anything = tf.add_n([share.weight for share in shares]) > 0
-    tf.cond(weighs_anything, make, lambda: tf.constant(0))
-
-
-def _make_update(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
-    """Divide what is to be divided, add up the kinds, and make the update."""
-    gradients: dict[Any, Gradient] = {}
-    for share in shares:
-        divide = _division(share)
-        for reference, gradient in share.gradients.items():
-            gradient = divide(gradient)
-            if reference in gradients:
-                gradient = added(gradients[reference], gradient, reference.deref())
-            gradients[reference] = gradient
-    handed = {variable.ref(): variable for variable in variables}
-    handed.update((reference, reference.deref()) for reference in gradients)
-    update([gradients.get(reference) for reference in handed], list(handed.values()))
-
-
-def _division(share: Share) -> Callable[[Gradient], Gradient]:
-    """What makes means of a share's sums."""
-    if share.kind != MEAN:
-        return lambda gradient: gradient
-    # Where only another kind weighs anything, the sums of this one are zeros.
-    weight = tf.where(share.weight > 0, share.weight, tf.ones_like(share.weight))
-    divisors = dict[tf.DType, tf.Tensor]()  # AutoGraph refuses an annotation here
-
-    def divide(gradient: Gradient) -> Gradient:
-        gradient = widened(gradient)
-        if gradient.dtype not in divisors:
-            divisors[gradient.dtype] = tf.cast(weight, gradient.dtype)
-        return map_values(lambda values: values / divisors[values.dtype], gradient)
-
-    return divide

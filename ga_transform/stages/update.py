@@ -1,0 +1,66 @@
+"""From what a window holds to one update of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import tensorflow as tf
+
+from ga_transform.loss_terms import MEAN
+from ga_transform.numerics import Gradient, added, map_values, widened
+from ga_transform.stages.books import Share
+
+__all__ = ["Update", "make_update", "update_with"]
+
+#: Applies the gradients of an update; None where a variable has none.
+Update = Callable[[list[Optional[Gradient]], list[tf.Variable]], None]
+
+
+def update_with(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
+    """Make the update of a window of one, which nothing has stored, if it weighs anything."""
+
+    def make() -> tf.Tensor:
+        make_update(variables, shares, update)
+        return tf.constant(0)
+
+    weighs_anything = tf.add_n([share.weight for share in shares]) > 0
+    tf.cond(weighs_anything, make, lambda: tf.constant(0))
+
+
+def make_update(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
+    """Divide what is to be divided, add up the kinds, and make the update.
+
+    Args:
+        variables: What the optimizer was handed, with a gradient or without.
+        shares: What a window holds, one share for each kind of loss.
+        update: Makes the update.
+    """
+    gradients: dict[Any, Gradient] = {}
+    for share in shares:
+        divide = _division(share)
+        for reference, gradient in share.gradients.items():
+            gradient = divide(gradient)
+            if reference in gradients:
+                gradient = added(gradients[reference], gradient, reference.deref())
+            gradients[reference] = gradient
+    handed = {variable.ref(): variable for variable in variables}
+    handed.update((reference, reference.deref()) for reference in gradients)
+    update([gradients.get(reference) for reference in handed], list(handed.values()))
+
+
+def _division(share: Share) -> Callable[[Gradient], Gradient]:
+    """What makes means of a share's sums."""
+    if share.kind != MEAN:
+        return lambda gradient: gradient
+    # Where only another kind weighs anything, the sums of this one are zeros.
+    weight = tf.where(share.weight > 0, share.weight, tf.ones_like(share.weight))
+    divisors = dict[tf.DType, tf.Tensor]()  # AutoGraph refuses an annotation here
+
+    def divide(gradient: Gradient) -> Gradient:
+        gradient = widened(gradient)
+        if gradient.dtype not in divisors:
+            divisors[gradient.dtype] = tf.cast(weight, gradient.dtype)
+        return map_values(lambda values: values / divisors[values.dtype], gradient)
+
+    return divide
