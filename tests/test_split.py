@@ -237,12 +237,16 @@ class Compiled(Own):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
         return super().compute_loss(x, y, y_pred, sample_weight) * 2.0
 
-    def train_step(self, data):
-        x, y = data
+    def move(self, x, y):
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
             loss = self.compute_loss(x, y, y_pred)
         self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+        return y_pred, loss
+
+    def train_step(self, data):
+        x, y = data
+        y_pred, _ = self.move(x, y)
         return self.compute_metrics(x, y, y_pred, None)
 
 
@@ -354,12 +358,9 @@ def test_numbers_made_of_a_summed_loss(float64):
 def test_a_number_under_the_name_of_a_metric(float64, how):
     """The batch's loss, which is not the mean over the epoch that the metric has."""
 
-    class Model(Own):
+    class Model(Compiled):
         def train_step(self, data):
-            x, y = data
-            with tf.GradientTape() as tape:
-                loss = self.compute_loss(x, y, self(x, training=True))
-            self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+            _, loss = self.move(*data)
             return {"loss": loss}
 
     assert_same_logs(*logs_of_both(Model, loss="mse", **how))
@@ -368,13 +369,10 @@ def test_a_number_under_the_name_of_a_metric(float64, how):
 def test_a_loss_that_updates_the_metrics_of_compile(float64):
     """Which the first step has made."""
 
-    class Model(Own):
+    class Model(Compiled):
         def train_step(self, data):
             x, y = data
-            with tf.GradientTape() as tape:
-                y_pred = self(x, training=True)
-                loss = self.compute_loss(x, y, y_pred)
-            self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+            y_pred, loss = self.move(x, y)
             for metric in self.metrics:
                 given = (loss,) if metric.name in ("loss", "tracked") else (y, y_pred)
                 metric.update_state(*given)
