@@ -27,19 +27,18 @@ def run(is_quick: bool, path: Path) -> Outcome:
     """
     batch_sizes = BATCH_SIZES[:2] if is_quick else BATCH_SIZES
     rows = 2 * batch_sizes[-1]
-    rounds, repeats = (2, 1) if is_quick else (5, 3)
+    rounds = 2 if is_quick else 5
     notes: list[str] = []
     seconds = ask_or_note(
         notes, TITLES[0], epoch_times, batch_sizes=batch_sizes, rows=rows, rounds=rounds
     )
     peaks: dict[str, list[int]] = {_name(*pair): [] for pair in _pairs(batch_sizes)}
-    for _ in range(repeats):
-        for way, batch_size in _pairs(batch_sizes):
-            name = _name(way, batch_size)
-            found = ask_or_note(
-                notes, name, peak, model=MODEL, way=way, batch_size=batch_size, rows=rows
-            )
-            peaks[name] += [] if found is None else [found["peak_bytes"]]
+    for way, batch_size in _pairs(batch_sizes):
+        name = _name(way, batch_size)
+        found = ask_or_note(
+            notes, name, peak, model=MODEL, way=way, batch_size=batch_size, rows=rows
+        )
+        peaks[name] += [] if found is None else [found["peak_bytes"]]
     base = _name("plain", batch_sizes[0])
     panels = [
         {
