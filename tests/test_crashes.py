@@ -204,6 +204,7 @@ def replaced(value, path, junk):
     return value
 
 
+@pytest.mark.long
 @given(data=st.data())
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -241,6 +242,7 @@ def test_a_forged_layout_is_refused_or_fits(tmp_path_factory, whole, data):
         saved_models.train(model, "own transform", 4, 6)
 
 
+@pytest.mark.long
 @given(data=st.data())
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

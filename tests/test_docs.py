@@ -24,6 +24,7 @@ def test_the_blocks_of_the_readme_run(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.long
 def test_the_quickstart_ends_with_the_same_weights(tmp_path):
     """Its table shows the converted model where the plain one is, and as much after a reload."""
     done = run([str(ROOT / "examples" / "quickstart.py"), "--epochs", "2"], tmp_path)
@@ -37,6 +38,7 @@ def test_the_quickstart_ends_with_the_same_weights(tmp_path):
     assert all(float(row[3]) < 1e-5 for row in rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("example", "last_line"),
     [

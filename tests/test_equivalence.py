@@ -39,7 +39,7 @@ def test_in_float32(model):
     "how",
     [
         {"run_eagerly": True},
-        {"jit_compile": True},
+        pytest.param({"jit_compile": True}, marks=pytest.mark.long),
         {"steps_per_execution": 3},
         {"steps_per_execution": 4},
     ],

@@ -47,7 +47,13 @@ def test_the_law(float64, case):
 
 
 @pytest.mark.parametrize(
-    "how", [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 4}], ids=str
+    "how",
+    [
+        {"run_eagerly": True},
+        pytest.param({"jit_compile": True}, marks=pytest.mark.long),
+        {"steps_per_execution": 4},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("case", ["minimize", "apply_gradients", "moving average"])
 def test_every_way_to_run_a_step(float64, case, how):

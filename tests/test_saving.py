@@ -116,6 +116,7 @@ print(tf_keras.models.load_model(folder / "dense" / "model.keras").transforms)
     assert in_a_fresh_process(script, folder).splitlines() == [*expected, str(CHAIN)]
 
 
+@pytest.mark.long
 def test_importing_in_any_order():
     """The classes are registered whether tf_keras comes before or after."""
     for script in ("import ga_transform, tf_keras", "import tf_keras, ga_transform"):

@@ -76,6 +76,7 @@ def test_every_way_to_run_a_step(float64, name, how):
     train_both(case.model, batches_of(case))
 
 
+@pytest.mark.long
 def test_a_fixed_batch_size(float64):
     """Batches whose size is known when the step is traced: divisible, and not."""
     for rows in (8, 7):
@@ -663,6 +664,7 @@ def trained(arguments, rows=(12,), **compile_arguments):
     return model
 
 
+@pytest.mark.long
 def test_the_graph_does_not_grow():
     """Not with the slices of a batch, and not with the batches of a window."""
     by_slices = {nodes(trained({"micro_batch_size": m}, rows=[7, 12])) for m in (1, 3, 6)}
