@@ -32,13 +32,13 @@ def run(is_quick: bool, path: Path) -> Outcome:
     seconds = ask_or_note(
         notes, TITLES[0], epoch_times, batch_sizes=batch_sizes, rows=rows, rounds=rounds
     )
-    peaks: dict[str, list[int]] = {_name(*pair): [] for pair in _pairs(batch_sizes)}
+    peaks: dict[str, list[int]] = {}
     for way, batch_size in _pairs(batch_sizes):
         name = _name(way, batch_size)
         found = ask_or_note(
             notes, name, peak, model=MODEL, way=way, batch_size=batch_size, rows=rows
         )
-        peaks[name] += [] if found is None else [found["peak_bytes"]]
+        peaks[name] = [] if found is None else [found["peak_bytes"]]
     base = _name("plain", batch_sizes[0])
     panels = [
         {

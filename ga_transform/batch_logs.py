@@ -193,7 +193,7 @@ def _is_made_of(tensor: tf.Tensor, variables: Collection[tf.Variable]) -> bool:
     handles = {id(variable.handle) for variable in variables}
     wanted = {inner.op.name for outer, inner in tensor.graph.captures if id(outer) in handles}
     seen, ahead = set[str](), [tensor.op]
-    while ahead:
+    while wanted and ahead:
         operation = ahead.pop()
         inputs = [each.op for each in operation.inputs]
         # A function that is called may do anything with them.

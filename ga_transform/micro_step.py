@@ -236,10 +236,8 @@ class MicroStep:
         self._warn_of_zeros(window.lacking(present))
         if self._slice is None:
             self._windows.end_batch(handed)
-        elif index is None:
-            self._slice.hand_over(handed, is_counted=False)
         else:
-            self._slice.hand_over(handed._replace(present=present), is_counted=True)
+            self._slice.hand_over(handed, None if index is None else present)
 
     def _ready_with(self, shares: list[Share]) -> list[tf.Tensor]:
         """What must be there before a window changes: the loss, or else all gradients.

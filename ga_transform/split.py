@@ -9,7 +9,7 @@ that the loop calls, however many slices there are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
@@ -64,17 +64,18 @@ class Slice:
         is_within_reach = _keras.current_graph() is self._graph
         return self.share if is_within_reach else self._windows.slice_share.read_value()
 
-    def hand_over(self, handed: Handed, *, is_counted: bool) -> None:
+    def hand_over(self, handed: Handed, present: Optional[Container[Any]]) -> None:
         """Note a window that the slice has gone into, and how its update is made.
 
         Args:
             handed: The call of an optimizer.
-            is_counted: Whether its window has been told which slice this is.
+            present: References of the variables that have a gradient; None, if the window has
+                not been told which slice this is.
         """
-        if is_counted:
-            handed = handed._replace(slices=self._batch.total)
-        else:
+        if present is None:
             self._windows.remember(handed)
+        else:
+            handed = handed._replace(slices=self._batch.total, present=present)
         self._handed.append(handed)
 
     def withhold(self, call: LossCall) -> None:

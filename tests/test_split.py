@@ -24,10 +24,14 @@ def train_both(model, data, epochs=2, arguments=None, fit=None, tolerance=1e-9):
     theirs = model.fit(data(), epochs=epochs, verbose=0, **(fit or {})).history
     cases.assert_same_weights(split, model, start, tolerance)
     assert int(split.optimizer.iterations) == int(model.optimizer.iterations)
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
+    assert_same_logs(theirs, ours)
     return split
+
+
+def assert_same_logs(theirs, ours):
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-9, err_msg=name)
 
 
 def batches_of(case, rows=BATCHES):
@@ -303,7 +307,7 @@ def test_steps_of_its_own(float64, model_class, compile_arguments, how):
     ours = split.fit(data(), epochs=2, verbose=0).history
     cases.assert_same_weights(split, plain, start, 1e-9)
     for name in set(theirs) - {"rows"}:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-9, err_msg=name)
     if model_class is Averaged:
         kernels = [model.average.average(model.out.kernel) for model in (split, plain)]
         np.testing.assert_allclose(*kernels, rtol=1e-9)
@@ -320,12 +324,6 @@ def logs_of_both(model_class, **compile_arguments):
         model.fit(own_data()(), callbacks=[seen], verbose=0)
         logs.append({name: [each[name] for each in model.seen] for name in model.seen[0]})
     return logs
-
-
-def assert_same_logs(theirs, ours):
-    assert theirs.keys() == ours.keys()
-    for name in theirs:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
 
 
 def test_numbers_made_of_metrics(float64):
