@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Optional
 
 import tensorflow as tf
-from tensorflow.python.ops.control_flow_v2_func_graphs import (
-    CondBranchFuncGraph,
-    ControlFlowFuncGraph,
-    WhileBodyFuncGraph,
-)
 from tf_keras import Model, Sequential, optimizers
 from tf_keras.layers import Layer
 from tf_keras.losses import Loss, Reduction
@@ -36,27 +30,20 @@ __all__ = [
     "Sequential",
     "activation_losses",
     "averages_of",
-    "branch_of",
     "computes_in_float16",
-    "condition_of",
     "count_parts",
-    "current_graph",
     "epoch_of_backup",
     "flatten_layers",
     "forget_traces",
-    "graphs_within",
     "has_functional_init",
     "has_own_gradients",
     "has_sum_losses",
     "held_by",
     "held_sum_losses",
-    "is_function",
     "is_keras_own",
-    "is_loop",
     "is_of_keras",
     "is_on_one_device",
     "is_optimizer",
-    "is_symbolic",
     "metrics_of",
     "optimizers_of",
     "optimizers_within",
@@ -64,7 +51,6 @@ __all__ = [
     "positions_of",
     "register_under",
     "shared_by_replicas",
-    "trace_again",
     "tracing_once",
     "trained_positions",
     "unpack_x_y_sample_weight",
@@ -158,12 +144,6 @@ def count_parts(model: Any) -> int:
     layers = list(model._flatten_layers())
     metrics = [metric for layer in layers for metric in getattr(layer, "_metrics", ())]
     return len(layers) + len(metrics) + len(optimizers_within(model)) + len(averages_of(model))
-
-
-def trace_again() -> None:
-    """Have the function that is traced for the first time be traced again: it makes a variable."""
-    with tf.init_scope():
-        tf.Variable(0, trainable=False)
 
 
 def held_by(model: Any, is_wanted: Callable[[Any], bool]) -> list[Any]:
@@ -301,51 +281,6 @@ def forget_traces(model: Any) -> None:
             traced_by_object = getattr(method, "_descriptor_cache", None)
             if traced_by_object is not None:
                 traced_by_object.pop(model, None)
-
-
-def current_graph() -> Any:
-    """The graph that is traced, or the eager context's."""
-    return tf.compat.v1.get_default_graph()
-
-
-def graphs_within(outer: Any) -> list[Any]:
-    """The graphs from the one that is traced out to an outer one, which is left out."""
-    graphs = []
-    graph = current_graph()
-    while graph is not None and graph is not outer:
-        graphs.append(graph)
-        graph = getattr(graph, "outer_graph", None)
-    return graphs
-
-
-def branch_of(graphs: Sequence[Any]) -> Any:
-    """The innermost branch of a condition among nested graphs, up to the first function."""
-    for graph in graphs:
-        if is_function(graph):
-            return None
-        if isinstance(graph, CondBranchFuncGraph):
-            return graph
-    return None
-
-
-def condition_of(branch: Any) -> str:
-    """The name of the condition that a graph is a branch of: its branches exclude each other."""
-    return re.sub(r"_(true|false|branch\d+)_\d+$", "", branch.name)
-
-
-def is_symbolic(value: Any) -> bool:
-    """Whether a value is a tensor of a graph."""
-    return tf.is_tensor(value) and hasattr(value, "graph")
-
-
-def is_loop(graph: Any) -> bool:
-    """Whether a graph is the body of a loop of TensorFlow."""
-    return isinstance(graph, WhileBodyFuncGraph)
-
-
-def is_function(graph: Any) -> bool:
-    """Whether a graph is that of a function, not of a branch or a loop."""
-    return not isinstance(graph, ControlFlowFuncGraph)
 
 
 def flatten_layers(model: Any) -> list[Any]:

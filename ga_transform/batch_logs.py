@@ -16,7 +16,7 @@ from typing import Any
 import tensorflow as tf
 from tf_keras import metrics as keras_metrics
 
-from ga_transform import _keras
+from ga_transform import _graphs, _keras
 from ga_transform.loss_terms import SUM, LossCall, LossTerm, is_by_rows
 
 __all__ = ["Kept", "keep_logs", "keep_loss", "weigh_means"]
@@ -178,7 +178,7 @@ def _results(model: Any) -> dict[int, Whole]:
 
 def _is_taken_elsewhere(number: tf.Tensor, result: Whole) -> bool:
     """Whether a number under a metric's name is its result, taken in a function."""
-    if not _keras.is_symbolic(number):
+    if not _graphs.is_symbolic(number):
         return bool(tf.reduce_all(tf.equal(number, tf.cast(result(), number.dtype))))
     operation = number.op
     while operation.type in ("Identity", "Cast"):
@@ -188,7 +188,7 @@ def _is_taken_elsewhere(number: tf.Tensor, result: Whole) -> bool:
 
 def _is_made_of(tensor: tf.Tensor, variables: Collection[tf.Variable]) -> bool:
     """Whether the graph of a tensor reads one of some variables to compute it."""
-    if not _keras.is_symbolic(tensor):
+    if not _graphs.is_symbolic(tensor):
         return False
     handles = {id(variable.handle) for variable in variables}
     wanted = {inner.op.name for outer, inner in tensor.graph.captures if id(outer) in handles}

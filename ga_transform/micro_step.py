@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import tensorflow as tf
 
-from ga_transform import _keras
+from ga_transform import _graphs, _keras
 from ga_transform.diversion import divert, running
 from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
@@ -84,7 +84,7 @@ class MicroStep:
     def __enter__(self) -> Self:
         self._windows.has_stepped = True
         divert(self.model)
-        self._graph = _keras.current_graph()
+        self._graph = _graphs.current_graph()
         self._windows.hold_pass_counters(self._slice_index())
         self._weighting = Weighting(
             self.model,
@@ -182,7 +182,7 @@ class MicroStep:
         self, optimizer: Any, grads_and_vars: Iterable[Any], args: Any, kwargs: Any
     ) -> Any:
         """Take the gradients that the model hands to an optimizer into its window."""
-        graphs = _keras.graphs_within(self._graph)
+        graphs = _graphs.graphs_within(self._graph)
         self._warn_of_call(graphs, args, kwargs)
         pairs = list(grads_and_vars)
         present = [variable for gradient, variable in pairs if gradient is not None]
@@ -245,14 +245,14 @@ class MicroStep:
         With the loss, what commonly fails in a step has been done; and gradients need not wait
         for each other, in memory.
         """
-        if self._loss is not None and getattr(self._loss, "graph", None) is _keras.current_graph():
+        if self._loss is not None and getattr(self._loss, "graph", None) is _graphs.current_graph():
             return [self._loss]
         return [values_of(g) for share in shares for g in share.gradients.values()]
 
     def _slice_index(self) -> Optional[tf.Tensor]:
         """Which slice of its batch this is, where a graph can see it."""
         # Eagerly, a slice that hands over nothing may be the last.
-        is_seen = not tf.executing_eagerly() and _keras.current_graph() is self._graph
+        is_seen = not tf.executing_eagerly() and _graphs.current_graph() is self._graph
         if self._slice is None or not is_seen:
             return None
         return self._slice.index
@@ -296,12 +296,12 @@ class MicroStep:
         Branches of a condition exclude each other: their calls are the same ones, if they
         train the same variables.
         """
-        functions = list(filter(_keras.is_function, graphs))
+        functions = list(filter(_graphs.is_function, graphs))
         place = id(optimizer), functions[0] if functions else None
         count = self._turns.setdefault(place, 0)
-        branch = _keras.branch_of(graphs)
+        branch = _graphs.branch_of(graphs)
         if branch is not None:
-            first = self._turns.setdefault((*place, _keras.condition_of(branch)), count)
+            first = self._turns.setdefault((*place, _graphs.condition_of(branch)), count)
             turn = self._turns.get((*place, branch), first)
             if self._trained.get((*place, turn), variables) == variables:
                 count = turn
@@ -314,14 +314,14 @@ class MicroStep:
 
     def _warn_of_call(self, graphs: list[Any], args: Any, kwargs: Any) -> None:
         """Say, once, where a call of an optimizer cannot be taken for what it is."""
-        if any(map(_keras.is_loop, graphs)):
+        if any(map(_graphs.is_loop, graphs)):
             self._windows.warn_once(
                 "loop",
                 f"{self.model.name}: train_step calls apply_gradients in a loop of TensorFlow, "
                 "where each pass counts as a micro-batch. Loop in Python (range for tf.range) to "
                 "have a window for each pass.",
             )
-        if any(map(_keras.is_symbolic, tf.nest.flatten((args, kwargs)))):
+        if any(map(_graphs.is_symbolic, tf.nest.flatten((args, kwargs)))):
             self._windows.warn_once(
                 "arguments",
                 f"{self.model.name}: train_step passes tensors to apply_gradients beside the "

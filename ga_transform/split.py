@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
-from ga_transform import _keras
+from ga_transform import _graphs, _keras
 from ga_transform.batch_logs import Kept, keep_logs, keep_loss, weigh_means
 from ga_transform.loss_terms import LossCall
 from ga_transform.rows import count_rows
@@ -42,7 +42,7 @@ class Slice:
         self._model = model
         self._windows = windows
         self._batch = batch
-        self._graph = _keras.current_graph()
+        self._graph = _graphs.current_graph()
         rows = count_rows(data)
         total = tf.cast(batch.rows, tf.float64)
         #: Of the batch's rows, those of the slice. Shape: scalar, float64.
@@ -61,7 +61,7 @@ class Slice:
         self._windows.slice_share.assign(self.share)
 
     def _share_seen_from_here(self) -> tf.Tensor:
-        is_within_reach = _keras.current_graph() is self._graph
+        is_within_reach = _graphs.current_graph() is self._graph
         return self.share if is_within_reach else self._windows.slice_share.read_value()
 
     def hand_over(self, handed: Handed, present: Optional[Container[Any]]) -> None:
@@ -85,7 +85,7 @@ class Slice:
         something of their results has those of the batch in the end; and where the call cannot
         be seen from outside.
         """
-        if call.is_by_rows or _keras.current_graph() is not self._graph:
+        if call.is_by_rows or _graphs.current_graph() is not self._graph:
             call.tell_metrics()
         else:
             self._calls.append(call)
@@ -123,7 +123,7 @@ class Slice:
         given = handed.args, handed.kwargs
         leaves: list[Callable[[], Any]] = []
         for leaf in tf.nest.flatten(given):
-            if not _keras.is_symbolic(leaf):
+            if not _graphs.is_symbolic(leaf):
                 leaves.append(kept.as_it_is(leaf))
             elif leaf.graph is self._graph:
                 leaves.append(kept.replace(leaf))

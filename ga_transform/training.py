@@ -22,7 +22,7 @@ from typing import Any, Optional
 import tensorflow as tf
 from tf_keras import callbacks as keras_callbacks
 
-from ga_transform import _keras
+from ga_transform import _graphs, _keras
 from ga_transform.chain import Chain
 from ga_transform.diversion import current_step
 from ga_transform.micro_step import MicroStep
@@ -73,7 +73,7 @@ class Accumulating:
         with _keras.tracing_once(_keras.optimizers_within(self)):
             logs = self._step(windows, args, kwargs)
         if _keras.count_parts(self) > parts:
-            _keras.trace_again()  # with what the step has made in view from its beginning
+            _graphs.trace_again()  # with what the step has made in view from its beginning
         return logs
 
     def _step(self, windows: Windows, args: Any, kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import tensorflow as tf
 
-from ga_transform import _keras
+from ga_transform import _graphs, _keras
 from ga_transform.errors import wrong_value
 from ga_transform.loss_terms import MEAN, SUM, LossTerm, disagreeing, is_by_rows
 from ga_transform.rows import count_rows, known_lengths
@@ -47,7 +47,7 @@ class Weighting:
         self._windows = windows
         self._data = data
         self._share = tf.ones([], tf.float64) if share is None else share
-        self._graph = _keras.current_graph()
+        self._graph = _graphs.current_graph()
         self._terms: list[LossTerm] = []
         self._spent = 0
         self._has_loss_weight = False
@@ -96,8 +96,8 @@ class Weighting:
         return SUM if {term.kind for term in terms} == {SUM} else MEAN
 
     def _within_reach(self, terms: list[LossTerm]) -> list[LossTerm]:
-        graphs = _keras.graphs_within(self._graph)
-        functions = [graph for graph in graphs if _keras.is_function(graph)]
+        graphs = _graphs.graphs_within(self._graph)
+        functions = [graph for graph in graphs if _graphs.is_function(graph)]
         outermost = graphs.index(functions[0]) + 1 if functions else len(graphs)
         reach = [*graphs[:outermost], *([] if functions else [self._graph])]
         return [
@@ -110,7 +110,7 @@ class Weighting:
 
     def _is_nested(self) -> bool:
         """Whether a function is traced that the step calls."""
-        return any(map(_keras.is_function, _keras.graphs_within(self._graph)))
+        return any(map(_graphs.is_function, _graphs.graphs_within(self._graph)))
 
     # ---- what it weighs --------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import tensorflow as tf
 
-from ga_transform import _keras
+from ga_transform import _graphs, _keras
 from ga_transform.chain import Chain
 from ga_transform.diversion import running, undiverted
 from ga_transform.errors import InexactWarning
@@ -406,5 +406,5 @@ def _as_handed(gradient: Gradient, dtype: tf.DType) -> Gradient:
 
 
 def _here(tensor: tf.Tensor) -> tf.Tensor:
-    is_here = getattr(tensor, "graph", None) is _keras.current_graph()
+    is_here = getattr(tensor, "graph", None) is _graphs.current_graph()
     return tensor if is_here else tf.identity(tensor)

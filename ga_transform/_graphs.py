@@ -1,0 +1,76 @@
+"""The graphs of TensorFlow that are traced: which they are, and what stands in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.ops.control_flow_v2_func_graphs import (
+    CondBranchFuncGraph,
+    ControlFlowFuncGraph,
+    WhileBodyFuncGraph,
+)
+
+__all__ = [
+    "branch_of",
+    "condition_of",
+    "current_graph",
+    "graphs_within",
+    "is_function",
+    "is_loop",
+    "is_symbolic",
+    "trace_again",
+]
+
+
+def current_graph() -> Any:
+    """The graph that is traced, or the eager context's."""
+    return tf.compat.v1.get_default_graph()
+
+
+def graphs_within(outer: Any) -> list[Any]:
+    """The graphs from the one that is traced out to an outer one, which is left out."""
+    graphs = []
+    graph = current_graph()
+    while graph is not None and graph is not outer:
+        graphs.append(graph)
+        graph = getattr(graph, "outer_graph", None)
+    return graphs
+
+
+def is_function(graph: Any) -> bool:
+    """Whether a graph is that of a function, not of a branch or a loop."""
+    return not isinstance(graph, ControlFlowFuncGraph)
+
+
+def is_loop(graph: Any) -> bool:
+    """Whether a graph is the body of a loop of TensorFlow."""
+    return isinstance(graph, WhileBodyFuncGraph)
+
+
+def branch_of(graphs: Sequence[Any]) -> Any:
+    """The innermost branch of a condition among nested graphs, up to the first function."""
+    for graph in graphs:
+        if is_function(graph):
+            return None
+        if isinstance(graph, CondBranchFuncGraph):
+            return graph
+    return None
+
+
+def condition_of(branch: Any) -> str:
+    """The name of the condition that a graph is a branch of: its branches exclude each other."""
+    return re.sub(r"_(true|false|branch\d+)_\d+$", "", branch.name)
+
+
+def is_symbolic(value: Any) -> bool:
+    """Whether a value is a tensor of a graph."""
+    return tf.is_tensor(value) and hasattr(value, "graph")
+
+
+def trace_again() -> None:
+    """Have the function that is traced for the first time be traced again: it makes a variable."""
+    with tf.init_scope():
+        tf.Variable(0, trainable=False)
