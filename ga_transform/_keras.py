@@ -15,7 +15,12 @@ from tf_keras.src.engine import data_adapter, functional
 from tf_keras.src.engine.base_layer_utils import REVIVED_LOSS_PLACEHOLDER
 from tf_keras.src.engine.compile_utils import LossesContainer
 from tf_keras.src.engine.functional import Functional
+from tf_keras.src.layers.core.tf_op_layer import ClassMethod, TFOpLambda
 from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
+from tf_keras.src.mixed_precision.autocast_variable import (
+    AutoCastVariable,
+    create_autocast_variable,
+)
 from tf_keras.src.mixed_precision.loss_scale_optimizer import BaseLossScaleOptimizer
 from tf_keras.src.optimizers.legacy.optimizer_v2 import _var_key as legacy_variable_key
 from tf_keras.src.saving import object_registration
@@ -23,15 +28,19 @@ from tf_keras.src.utils import losses_utils
 
 __all__ = [
     "AutoTrackable",
+    "BaseLossScaleOptimizer",
     "BatchNormalizationBase",
     "Functional",
+    "Layer",
     "LossesContainer",
     "Model",
+    "OpLayer",
     "Sequential",
     "activation_losses",
     "averages_of",
     "computes_in_float16",
     "count_parts",
+    "ending_layers",
     "epoch_of_backup",
     "flatten_layers",
     "forget_traces",
@@ -44,23 +53,32 @@ __all__ = [
     "is_of_keras",
     "is_on_one_device",
     "is_optimizer",
+    "is_preprocessing",
     "metrics_of",
     "optimizers_of",
     "optimizers_within",
     "output_layers",
     "positions_of",
     "register_under",
+    "replace_in_compile_config",
+    "retrack",
     "shared_by_replicas",
     "tracing_once",
     "trained_positions",
     "unpack_x_y_sample_weight",
     "variable_key",
     "weight_losses",
+    "weights_in_containers",
     "weights_of",
+    "with_autocast",
+    "without_autocast",
 ]
 
 #: Tracked by checkpoints; its variables are not weights of the model that holds it.
 AutoTrackable = tf.__internal__.tracking.AutoTrackable
+
+#: Layers that functional models make of ops on their tensors.
+OpLayer = (TFOpLambda, ClassMethod)
 
 _OPTIMIZERS = (optimizers.Optimizer, optimizers.legacy.Optimizer, BaseLossScaleOptimizer)
 unpack_x_y_sample_weight = data_adapter.unpack_x_y_sample_weight
@@ -366,3 +384,94 @@ def _innermost(layer: Any) -> Iterator[Any]:
         yield from _innermost(layer.layer)
     else:
         yield layer
+
+
+def ending_layers(model: Any) -> Iterator[Any]:
+    """For each output, the last layers with weights and all from there to the output.
+
+    For a subclassed model, whose order of calls is not known, the last in order of its attributes.
+    """
+    if isinstance(model, Functional) and getattr(model, "outputs", None):
+        for output in model.outputs:
+            yield from _layers_to(output)
+        return
+    layers = [layer for layer in model.layers if not isinstance(layer, Metric)]
+    for layer in reversed(layers):
+        yield from layer._flatten_layers()
+        # A layer that has no weights may only not be built yet.
+        if weights_of(layer) or not (layer.built or _is_weightless(layer)):
+            return
+
+
+def _layers_to(output: Any) -> Iterator[Any]:
+    last = list(_last_layers(output))
+    ways, seen = [output], set()
+    while ways:
+        tensor = ways.pop()
+        layer, inputs = _origin(tensor)
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if not layer.weights:
+            yield layer
+            ways.extend(inputs)
+        elif any(each in last for each in layer._flatten_layers()):
+            if isinstance(layer, Functional):
+                yield from _layers_to(layer.outputs[tensor._keras_history.tensor_index])
+            else:
+                yield from layer._flatten_layers()
+
+
+def _is_weightless(layer: Any) -> bool:
+    """Whether layers of a class of tf_keras have no weights, built or not."""
+    kinds = ("activation", "merging", "pooling", "regularization", "reshaping")
+    modules = {f"tf_keras.src.layers.{kind}" for kind in kinds}
+    own = type(layer).__module__
+    return own.rpartition(".")[0] in modules or own == "tf_keras.src.layers.core.activation"
+
+
+def is_preprocessing(layer: Any) -> bool:
+    """Whether a layer is one of tf_keras's that prepare raw data, or derived from one."""
+    start = "tf_keras.src.layers.preprocessing."
+    return any(each.__module__.startswith(start) for each in type(layer).__mro__)
+
+
+def with_autocast(weight: Any) -> Any:
+    """A weight that is read in the precision of the layer that reads it."""
+    if isinstance(weight, AutoCastVariable) or not isinstance(weight, tf.Variable):
+        return weight
+    return create_autocast_variable(weight) if weight.dtype.is_floating else weight
+
+
+def without_autocast(weight: Any) -> Any:
+    """The weight itself."""
+    return weight._variable if isinstance(weight, AutoCastVariable) else weight
+
+
+def weights_in_containers(layer: Any) -> bool:
+    """Whether a layer holds weights otherwise than as attributes."""
+    held = set(map(id, vars(layer).values()))
+    own = (*layer._trainable_weights, *layer._non_trainable_weights)
+    return not held.issuperset(map(id, own))
+
+
+def retrack(layer: Any, fitting: Mapping[int, Any]) -> None:
+    """Have a layer's own books name other objects for the same variables.
+
+    Args:
+        layer: Its attributes are replaced already.
+        fitting: By the identity of the object that it held, the one that it holds.
+    """
+    counts = layer._obj_reference_counts
+    for held in [each for each in counts if id(each) in fitting]:
+        counts[fitting[id(held)]] = counts.pop(held)
+    for name, held in list(getattr(layer, "_unconditional_dependency_names", {}).items()):
+        if id(held) in fitting:
+            layer._track_trackable(fitting[id(held)], name=name, overwrite=True)
+
+
+def replace_in_compile_config(model: Any, optimizer: Any) -> None:
+    """Have the files of a compiled model name another optimizer."""
+    config = getattr(model, "_compile_config", None)
+    if config is not None:
+        config.config["optimizer"] = optimizer

@@ -113,9 +113,12 @@ def _clone_from_config(layer: Any) -> Any:
         own = {name: getattr(layer, name, None) for name in config}
         functions = {name: value for name, value in own.items() if _is_own(value)}
         try:
-            return type(layer).from_config({**config, **functions})
+            own_layer = type(layer).from_config({**config, **functions})
         except UNFIT:
-            return type(layer).from_config(config)
+            own_layer = type(layer).from_config(config)
+        if isinstance(layer, _keras.BatchNormalizationBase):
+            own_layer.fused = layer.fused  # stands in no config, and takes other variances
+        return own_layer
     except UNFIT as error:
         raise ValueError(
             f"A model must have layers that can be made from their configs to be copied; got "

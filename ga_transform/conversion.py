@@ -17,16 +17,19 @@ from ga_transform import (
 from ga_transform.chain import Chain
 from ga_transform.classes import plain_class_of
 from ga_transform.cloning import clone_with_state
-from ga_transform.errors import InexactWarning, shown, wrong_type
+from ga_transform.errors import wrong_type
 from ga_transform.models import (
     AccumulatingModel,
     become_accumulating,
     become_plain,
     taken_names,
 )
+from ga_transform.rewrites import check_rewrites
+from ga_transform.rewrites.batch_norm import warn_of_batch_norm
+from ga_transform.rewrites.loss_scale import hand_on_scaling, undo_scaling
+from ga_transform.rewrites.rewritten import as_plain
 from ga_transform.shorthands import chain_of
 from ga_transform.specs import (
-    Accumulate,
     BatchNorm,
     ClipByAGC,
     Precision,
@@ -67,7 +70,9 @@ def make_accumulating(
         agc: Adaptive gradient clipping of each update: True, a clip factor > 0, or a
             `ClipByAGC`.
         precision: "mixed_float16", "mixed_bfloat16", "float32", or a `Precision`.
-        batch_norm: "keep", "momentum", "pooled", "freeze", or a `BatchNorm`.
+        batch_norm: What moving statistics do in a window: "keep" (move with each micro-batch,
+            with a warning), "momentum" (once an update), "pooled" (once an update, to those of all
+            its rows), "freeze" (rest), or a `BatchNorm`.
         transforms: The whole chain instead of the arguments above.
         remainder: What becomes of a partial window at the end of an epoch: "flush" applies
             it with its own weights, "carry" keeps it, "drop" discards it.
@@ -81,8 +86,8 @@ def make_accumulating(
         TypeError: The model is no `tf_keras.Model`, or an argument has a wrong type.
         ValueError: An argument or the chain breaks a rule, or the model is converted already
             or cannot be copied.
-        NotImplementedError: This version does not carry out what is asked for: `Precision`,
-            `BatchNorm`, `whole_batch_loss`, `on_nonfinite="micro_batch"`, or several devices.
+        NotImplementedError: This version does not carry out what is asked for:
+            `whole_batch_loss`, or several devices.
 
     Example:
         >>> import tf_keras, ga_transform as ga
@@ -219,7 +224,11 @@ def strip_accumulating(model: Any, *, inplace: bool = False) -> Any:
     if inplace:
         become_plain(model)
         return model
-    return clone_with_state(model, plain_class_of(model))
+    with as_plain(_keras.flatten_layers(model)):
+        copy = clone_with_state(model, plain_class_of(model))
+    hand_on_scaling(model, copy)
+    undo_scaling(copy)
+    return copy
 
 
 # ---- from a model to one that accumulates ----------------------------------------------------
@@ -247,8 +256,10 @@ def _convert(owner: str, model: Any, chain: Chain, inplace: bool) -> Any:
             f"{type(strategy).__name__}. Build and convert it outside the strategy's scope."
         )
     _check_rows_are_free(model, chain)
+    check_rewrites(chain, model)
     check_stages([*chain.micro_batch_stages, *chain.update_stages], model)
-    _warn_of_batch_norm(model, chain)
+    if chain.gathers and (chain.find(BatchNorm) or BatchNorm("keep")).mode == "keep":
+        warn_of_batch_norm(model)
     _warn_of_taken_names(model)
     if not inplace:
         model = clone_with_state(model, type(model))
@@ -275,21 +286,10 @@ def _check_model(owner: str, model: Any) -> None:
 
 def _check_available(chain: Chain) -> None:
     """Refuse what the specs can say and this version does not do yet."""
-    for spec in chain:
-        if spec.role == "rewrite":
-            raise NotImplementedError(
-                f"{type(spec).__name__} cannot be carried out in this version; got {spec}. "
-                "Leave it out: Split, Accumulate, Scale and the clips can be."
-            )
-        if isinstance(spec, Split) and spec.whole_batch_loss:
-            raise NotImplementedError(
-                "Split.whole_batch_loss must be False in this version; got True. Leave it out."
-            )
-    accumulate = chain.find(Accumulate)
-    if accumulate is not None and accumulate.on_nonfinite != "window":
+    split = chain.find(Split)
+    if split is not None and split.whole_batch_loss:
         raise NotImplementedError(
-            "Accumulate.on_nonfinite must be 'window' in this version; got "
-            f"{shown(accumulate.on_nonfinite)}. Leave it out."
+            "Split.whole_batch_loss must be False in this version; got True. Leave it out."
         )
 
 
@@ -305,24 +305,6 @@ def _check_rows_are_free(model: Any, chain: Chain) -> None:
         raise ValueError(
             f"Split must be given a model without stateful layers; got {', '.join(names)} in "
             f"{model.name!r}. Use accum_steps, which takes batches as they are."
-        )
-
-
-def _warn_of_batch_norm(model: Any, chain: Chain) -> None:
-    """Batch norm takes its statistics from the rows of one pass: name the layers once."""
-    if not chain.gathers:
-        return
-    names = [
-        layer.name
-        for layer in _keras.flatten_layers(model)
-        if isinstance(layer, _keras.BatchNormalizationBase) and layer.trainable
-    ]
-    if names:
-        warnings.warn(
-            f"{model.name}: batch normalisation takes its statistics from each micro-batch, so "
-            f"updates are not those of the large batch; layers: {', '.join(names)}.",
-            InexactWarning,
-            stacklevel=4,
         )
 
 

@@ -15,6 +15,7 @@ from ga_transform.loss_terms import MEAN, SUM
 __all__ = [
     "Call",
     "OptimizerLayout",
+    "PoolLayout",
     "StateLayout",
     "SumLayout",
     "Turn",
@@ -31,6 +32,8 @@ Turn = tuple[Union[str, int], ...]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 _VERSION = 1
+#: Parts that the first files of this version did not have.
+_LATER = {"is_split", "pools"}
 #: What tf_keras's optimizers take by name beside the gradients.
 _ARGUMENTS = {"name", "skip_gradients_aggregation", "experimental_aggregate_gradients"}
 
@@ -64,11 +67,15 @@ class WindowLayout(NamedTuple):
     call: Optional[Call]
     #: By kind of loss; none where it holds no micro-batch.
     books: dict[str, list[SumLayout]]
+    #: Windows that were skipped, micro-batches that were left out, and those of this window.
+    skips: Sequence[int] = (0, 0, 0)
 
     @classmethod
     def read(cls, config: Any) -> WindowLayout:
         """From JSON's types, checked."""
-        optimizer, turn, call, books = _list(config, _as_it_is, 4)
+        # The first files of this version have no skips.
+        first = [*_list(config, _as_it_is), [0, 0, 0]][:5]
+        optimizer, turn, call, books, skips = _list(first, _as_it_is, 5)
         if not isinstance(books, Mapping) or not set(books) <= {MEAN, SUM}:
             raise not_as_written(f"a window must hold books of kinds {MEAN} and {SUM}", books)
         return cls(
@@ -76,6 +83,7 @@ class WindowLayout(NamedTuple):
             tuple(_list(turn, _word_or_count)),
             None if call is None else _call(call),
             {kind: _list(sums, SumLayout.read) for kind, sums in books.items()},
+            _list(skips, _count, 3),
         )
 
 
@@ -99,6 +107,20 @@ class OptimizerLayout(NamedTuple):
         return cls(_count(optimizer), class_name, _list(built_for, _count), _count(variables))
 
 
+class PoolLayout(NamedTuple):
+    """The pooled statistics of one pass through a batch normalisation layer."""
+
+    #: Among the layers that pool theirs.
+    layer: int
+    #: How many passes through it are before this in a step.
+    turn: int
+
+    @classmethod
+    def read(cls, config: Any) -> PoolLayout:
+        """From JSON's types, checked."""
+        return cls(*_list(config, _count, 2))
+
+
 class StateLayout(NamedTuple):
     """The windows and the optimizers of a model."""
 
@@ -110,6 +132,8 @@ class StateLayout(NamedTuple):
     optimizers: Sequence[OptimizerLayout] = ()
     #: Whether batches were split, so that micro-batches and batches were counted apart.
     is_split: bool = False
+    #: What batch normalisation has found in the micro-batches that are pending.
+    pools: Sequence[PoolLayout] = ()
 
     def to_config(self) -> dict[str, Any]:
         """In JSON's types, with a version."""
@@ -123,7 +147,7 @@ class StateLayout(NamedTuple):
             ValueError: It is not what `to_config` returns, or of a later version.
         """
         parts = {"version", *cls._fields}
-        if not isinstance(config, Mapping) or not parts - {"is_split"} <= set(config) <= parts:
+        if not isinstance(config, Mapping) or not parts - _LATER <= set(config) <= parts:
             raise not_as_written("its parts are " + ", ".join(("version", *cls._fields)), config)
         version = config["version"]
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -139,6 +163,7 @@ class StateLayout(NamedTuple):
             _count(config["pending"]),
             _list(config["optimizers"], OptimizerLayout.read),
             _flag(config.get("is_split", False)),
+            _list(config.get("pools", []), PoolLayout.read),
         )
 
 

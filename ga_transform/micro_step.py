@@ -18,6 +18,7 @@ from ga_transform.diversion import divert, running
 from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
 from ga_transform.numerics import Gradient, added, map_values, values_of, widened
+from ga_transform.rewrites.batch_norm import Statistics
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Window
 from ga_transform.stages.books import Share
@@ -78,6 +79,8 @@ class MicroStep:
         self._turns: dict[Any, int] = {}
         #: The variables of each of these calls.
         self._trained: dict[Any, set[Any]] = {}
+        #: How often each layer that pools its statistics has been passed through.
+        self._passes: dict[int, int] = {}
         #: The windows that have been handed gradients in this step, and of what variables.
         self._handed: list[tuple[Window, set[Any]]] = []
 
@@ -166,6 +169,21 @@ class MicroStep:
             mean = total_of(means + of_weights)
             by_kind[MEAN] = mean * tf.cast(relative, mean.dtype)
         return by_kind
+
+    # ---- the statistics of batch normalisation ---------------------------------------------
+
+    def pools(self, layer: Any) -> bool:
+        """Whether the statistics that a layer finds are pooled over the window."""
+        return self._windows.chain.gathers and self._windows.pools.has(layer)
+
+    def pool(self, layer: Any, statistics: Statistics) -> None:
+        """Take in the statistics that a layer has found in this micro-batch."""
+        turn = self._passes.get(id(layer), 0)
+        self._passes[id(layer)] = turn + 1
+        share = self._windows.share_of_batch()
+        if self._slice is not None:
+            share *= self._slice.share_seen_from_here()
+        self._windows.pools.add(layer, turn, statistics, share)
 
     # ---- the gradients -------------------------------------------------------------------
 

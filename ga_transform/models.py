@@ -19,6 +19,15 @@ from ga_transform.errors import wrong_type
 from ga_transform.loss_terms import stop_recording
 from ga_transform.neighbours import WRITERS_OF_CLASS
 from ga_transform.persistence import Persistent
+from ga_transform.rewrites import apply_rewrites, undo_rewrites
+from ga_transform.rewrites.loss_scale import (
+    is_wrapped,
+    mark_as_wrapped,
+    scale_losses,
+    undo_scaling,
+)
+from ga_transform.rewrites.rewritten import as_plain as as_plain_layers
+from ga_transform.specs import Precision
 from ga_transform.training import Accumulating
 
 __all__ = [
@@ -35,7 +44,14 @@ _KEY = "ga_transform"
 #: Methods that people set on the object.
 _OWN_METHODS = ("train_step", "fit")
 #: What a converted model has beside its own.
-_PUBLIC_NAMES = ("transforms", "pending_micro_batches", "flush", "discard")
+_PUBLIC_NAMES = (
+    "transforms",
+    "pending_micro_batches",
+    "skipped_windows",
+    "skipped_micro_batches",
+    "flush",
+    "discard",
+)
 
 
 class AccumulatingModel(Persistent, Accumulating):
@@ -49,7 +65,7 @@ class AccumulatingModel(Persistent, Accumulating):
     def get_config(self) -> dict[str, Any]:
         """The class and the config of the plain model, with the chain."""
         plain_class = plain_class_of(self)
-        with as_plain(self):
+        with as_plain(self), as_plain_layers([self]):
             config = self.get_config()
         model = {
             "module": plain_class.__module__,
@@ -74,11 +90,13 @@ class AccumulatingModel(Persistent, Accumulating):
             known = behind if behind.__name__ == inner["class_name"] else _class_in(inner)
             model = known.from_config(dict(inner.get("config", rest)))
         become_accumulating(model, Chain.from_config(own["transforms"]))
-        model._keep_of_config(own["training"])
+        _keep_beside(model, own)
         return model
 
     def _config_beside(self) -> dict[str, Any]:
-        return {"transforms": self._accumulating_chain.to_config(), **self._config_of_training()}
+        scaling = {"wraps_optimizer": True} if is_wrapped(self) else {}
+        chain = self._accumulating_chain.to_config()
+        return {"transforms": chain, **scaling, **self._config_of_training()}
 
     @property
     def _trackable_saved_model_saver(self) -> Any:
@@ -118,7 +136,8 @@ class _AccumulatingNetwork(AccumulatingModel):
         chain = Chain.from_config(own["transforms"])
         model = super(Accumulating, cls).from_config(rest, custom_objects)  # type: ignore[misc]
         _set_chain(model, chain)
-        model._keep_of_config(own["training"])
+        apply_rewrites(chain, model)
+        _keep_beside(model, own)
         return model
 
 
@@ -141,6 +160,8 @@ def become_accumulating(model: Any, chain: Chain) -> None:
     """Convert a model itself: its class changes, its weights and its compile state stay."""
     model.__class__ = _accumulating_class(type(model), taken_names(model))
     _set_chain(model, chain)
+    apply_rewrites(chain, model)
+    scale_losses(model, chain.find(Precision))
     for name in _OWN_METHODS:
         if name in vars(model):  # set on the object, where it would hide that of the class
             method = vars(model)[name]
@@ -155,6 +176,8 @@ def become_accumulating(model: Any, chain: Chain) -> None:
 def become_plain(model: Any) -> None:
     """Undo `become_accumulating`."""
     release(model)
+    undo_rewrites(model)
+    undo_scaling(model)
     stop_recording(model.compiled_loss)
     model.__class__ = plain_class_of(model)
     for name in ("_accumulating_chain", "_kept"):
@@ -187,9 +210,10 @@ def _read_own(config: Any) -> Mapping[str, Any]:
         "model": Mapping,
         "transforms": Mapping,
         "training": (Mapping, type(None)),
+        "wraps_optimizer": bool,
     }
     if isinstance(config, Mapping):
-        read = {"model": {}, "training": None, **config}
+        read = {"model": {}, "training": None, "wraps_optimizer": False, **config}
         if read.keys() == parts.keys() and all(isinstance(read[p], parts[p]) for p in parts):
             return read
     raise wrong_type(
@@ -198,6 +222,13 @@ def _read_own(config: Any) -> Mapping[str, Any]:
         config,
         "Pass what get_config returned.",
     )
+
+
+def _keep_beside(model: Any, own: Mapping[str, Any]) -> None:
+    """Keep what stands beside the chain in a config, until the model is compiled."""
+    model._keep_of_config(own["training"])
+    if own["wraps_optimizer"]:
+        mark_as_wrapped(model)
 
 
 def _set_chain(model: Any, chain: Chain) -> None:

@@ -15,6 +15,7 @@ from tensorflow.core.framework.attr_value_pb2 import AttrValue
 __all__ = [
     "Gradient",
     "added",
+    "all_finite",
     "as_dense",
     "as_slices",
     "global_norm",
@@ -90,6 +91,12 @@ def widened(gradient: Gradient) -> Gradient:
     if gradient.dtype in (tf.float16, tf.bfloat16):
         return map_values(lambda values: tf.cast(values, tf.float32), gradient)
     return gradient
+
+
+def all_finite(gradients: Sequence[Gradient]) -> tf.Tensor:
+    """Whether no number of any gradient is NaN or infinite. Shape: scalar, bool."""
+    found = [tf.reduce_all(tf.math.is_finite(values_of(gradient))) for gradient in gradients]
+    return tf.reduce_all(found) if found else tf.constant(True)
 
 
 def squared_norm(gradient: Gradient) -> tf.Tensor:

@@ -24,9 +24,12 @@ import tensorflow as tf
 import tf_keras
 
 from ga_transform import _keras
+from ga_transform.chain import Chain
 from ga_transform.classes import as_plain, as_registered
 from ga_transform.optimizer_state import beside_lists, is_legacy, state_of
+from ga_transform.rewrites.loss_scale import scale_losses
 from ga_transform.snapshot import Snapshot, put_back, take_snapshot
+from ga_transform.specs import Precision
 from ga_transform.windows import Windows
 
 __all__ = ["Persistent"]
@@ -38,6 +41,7 @@ class Persistent:
     #: Of the base, which stands behind the mixin.
     name: str
     _is_compiled: bool
+    _accumulating_chain: Chain
     _open_windows: Callable[[], Windows]
 
     # ---- after loading ---------------------------------------------------------------------
@@ -45,6 +49,7 @@ class Persistent:
     @functools.wraps(_keras.Model.compile)
     def compile(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102  (it is that of `wraps`)
         super().compile(*args, **kwargs)  # type: ignore[misc]
+        self._scale_losses()
         # Loaders of HDF5 and SavedModel compile a model when its weights are in place.
         self._resume(kwargs.get("from_serialized", False))
 
@@ -53,7 +58,11 @@ class Persistent:
         with as_plain(self):
             self.compile_from_config(config)
         if self._is_compiled:
+            self._scale_losses()
             self._open_windows()
+
+    def _scale_losses(self) -> None:
+        scale_losses(self, self._accumulating_chain.find(Precision))
 
     def _kept_micro_batches(self) -> int:
         """The pending micro-batches of what was read, and waits for `compile`."""

@@ -116,8 +116,8 @@ def take_snapshot(
     """
     layout = windows.written()
     if not keeps_windows:
-        layout = layout._replace(windows=[])
-    values = windows.state(layout.windows)
+        layout = layout._replace(windows=[], pools=[])
+    values = windows.state(layout)
     optimizers = []
     positions = _keras.positions_of(model)
     for place, optimizer, variables in _by_optimizer(model, listed):
@@ -154,8 +154,8 @@ def put_back(
     layout, values = snapshot
     if not _fits(model, layout) or not windows.takes(layout):
         return False
-    windows.arrange(layout.windows)
-    variables = windows.state(layout.windows)
+    windows.arrange(layout)
+    variables = windows.state(layout)
     if listed is None:
         values = values[: len(variables)]
     else:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Union
 import attrs
 
 from ga_transform import fields
+from ga_transform.errors import wrong_value
 
 __all__ = [
     "Accumulate",
@@ -65,13 +66,27 @@ class Transform:
 
 @attrs.frozen
 class Precision(Transform):
-    """Rewrite: compute in 16 bits (or back in 32), weights stay float32.
+    """Rewrite: compute in 16 bits, or back in 32; weights stay float32.
+
+    The layers that end the model stay in float32, and so do those that are not safe in 16 bits.
+    With float16, gradients pass through a scaled loss, or the small ones would become zero.
 
     Args:
         policy: "mixed_float16", "mixed_bfloat16" or "float32".
-        initial_scale: The loss scale float16 starts with.
-        dynamic: Whether the loss scale adapts.
-        growth_steps: Finite updates after which a dynamic scale doubles.
+        initial_scale: The loss scale that float16 starts with, > 0.
+        dynamic: Whether the loss scale adapts: it halves where an update is not finite.
+        growth_steps: Finite updates after which a dynamic scale doubles, >= 1.
+        keep: Names or globs of layers to leave as they are, with all that is in them.
+
+    Raises:
+        ValueError, TypeError: A field breaks its rule.
+
+    Source: Micikevicius et al., "Mixed Precision Training", 2018.
+
+    Example:
+        >>> import ga_transform as ga
+        >>> print(ga.Precision("mixed_bfloat16", keep=("head_*",)))
+        Precision(policy='mixed_bfloat16', keep=('head_*',))
     """
 
     role: ClassVar[str] = "rewrite"
@@ -87,20 +102,54 @@ class Precision(Transform):
     growth_steps: int = attrs.field(
         default=2000, converter=fields.to_int, validator=fields.count("The default is 2000.")
     )
+    keep: tuple[str, ...] = attrs.field(
+        default=(), converter=fields.to_names, validator=fields.names
+    )
 
 
 @attrs.frozen
 class BatchNorm(Transform):
     """Rewrite: what batch normalisation does in a window.
 
+    In training it normalises each micro-batch by its own statistics, whatever is asked for here
+    ("freeze" by none): it couples rows, so no accumulation equals the large batch. What can be
+    chosen is what becomes of the moving statistics, by which the model predicts.
+
     Args:
-        mode: "keep", "momentum", "pooled" or "freeze".
+        mode: "keep" moves them with each micro-batch, as tf_keras does: k times as fast as with
+            the large batch. "momentum" moves them once an update, towards an average of the
+            micro-batches' statistics: as if momentum were taken to the power 1 / steps. "pooled"
+            moves them once an update, towards the mean and the total variance (within and between
+            micro-batches) of all rows of the window: the statistics of the large batch. "freeze"
+            normalises by the moving statistics, which rest.
+        trainable: Whether gamma and beta are trained; False goes with "freeze" only.
+
+    Raises:
+        ValueError, TypeError: A field breaks its rule.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", 2015; the merging of means and variances is
+    that of Chan, Golub and LeVeque, 1983.
+
+    Example:
+        >>> import ga_transform as ga
+        >>> print(ga.BatchNorm("pooled"))
+        BatchNorm(mode='pooled')
     """
 
     role: ClassVar[str] = "rewrite"
     repeatable: ClassVar[bool] = False
 
     mode: str = attrs.field(validator=fields.one_of("keep", "momentum", "pooled", "freeze"))
+    trainable: bool = attrs.field(default=True, validator=fields.flag)
+
+    def __attrs_post_init__(self) -> None:
+        if not self.trainable and self.mode != "freeze":
+            raise wrong_value(
+                "BatchNorm.trainable",
+                "True unless mode is 'freeze'",
+                self.trainable,
+                "To train neither gamma nor beta, write BatchNorm('freeze', trainable=False).",
+            )
 
 
 @attrs.frozen
@@ -143,8 +192,9 @@ class Accumulate(Transform):
             up and divides by nothing, for a loss of the model's own that is a sum.
         remainder: What becomes of a partial window at the end of an epoch: "flush" applies
             it with its own weights, "carry" keeps it, "drop" discards it.
-        on_nonfinite: "window" treats a gradient that is not finite as the optimizer would
-            on the large batch; "micro_batch" leaves that micro-batch out.
+        on_nonfinite: What a gradient that is not finite (NaN, infinite) costs: "window" skips the
+            update of its window, which is not counted; "micro_batch" leaves that micro-batch out,
+            and the window is the mean of the others.
 
     Raises:
         ValueError, TypeError: A field breaks its rule.

@@ -53,14 +53,15 @@ class Slice:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Have metrics that count batches take the slice for a part of one."""
-        with weigh_means(self._model, self._share_seen_from_here):
+        with weigh_means(self._model, self.share_seen_from_here):
             yield
 
     def publish_share(self) -> None:
         """Let functions that the step calls know the share, though they may capture no tensor."""
         self._windows.slice_share.assign(self.share)
 
-    def _share_seen_from_here(self) -> tf.Tensor:
+    def share_seen_from_here(self) -> tf.Tensor:
+        """The share, also in functions that the step calls. Shape: scalar, float64."""
         is_within_reach = _graphs.current_graph() is self._graph
         return self.share if is_within_reach else self._windows.slice_share.read_value()
 

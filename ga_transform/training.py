@@ -26,7 +26,8 @@ from ga_transform import _graphs, _keras
 from ga_transform.chain import Chain
 from ga_transform.diversion import current_step
 from ga_transform.micro_step import MicroStep
-from ga_transform.specs import Accumulate, Split
+from ga_transform.rewrites import apply_rewrites
+from ga_transform.specs import Accumulate, Precision, Split
 from ga_transform.split import Slice, train_in_slices
 from ga_transform.windows import Windows
 
@@ -66,6 +67,7 @@ class Accumulating:
         Returns:
             What the model's own `train_step` returns.
         """
+        apply_rewrites(self._accumulating_chain, self)  # to layers that are made since
         windows = self._open_windows()
         if tf.executing_eagerly():
             return self._step(windows, args, kwargs)
@@ -79,14 +81,17 @@ class Accumulating:
     def _step(self, windows: Windows, args: Any, kwargs: Any) -> Any:
         split = self._accumulating_chain.find(Split)
         if split is None:
-            return self._micro_step(windows, args, kwargs)
-        return train_in_slices(
-            self,
-            windows,
-            (args, kwargs),
-            split.micro_batch_size,
-            lambda data, slice_: self._micro_step(windows, data[0], data[1], slice_),
-        )
+            logs = self._micro_step(windows, args, kwargs)
+        else:
+            logs = train_in_slices(
+                self,
+                windows,
+                (args, kwargs),
+                split.micro_batch_size,
+                lambda data, slice_: self._micro_step(windows, data[0], data[1], slice_),
+            )
+        windows.end_statistics()
+        return logs
 
     def _micro_step(
         self, windows: Windows, args: Any, kwargs: Any, slice_: Optional[Slice] = None
@@ -113,6 +118,8 @@ class Accumulating:
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own loss; while it trains, times the weight of the micro-batch."""
         step = current_step()
+        if self._accumulating_chain.find(Precision) is not None:
+            args, kwargs = _with_wide_outputs(args, kwargs)
         loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
         return loss if step is None or step.model is not self else step.weighed(loss)
 
@@ -139,6 +146,23 @@ class Accumulating:
         if not isinstance(windows, Windows) or not windows.belong_to(self):
             return 0
         return windows.pending
+
+    @_Shown
+    def skipped_windows(self) -> int:
+        """How many updates were not made, because their gradients were not finite.
+
+        With several optimizers, of all of them. Compiling again starts at 0.
+        """
+        return self._skipped(0)
+
+    @_Shown
+    def skipped_micro_batches(self) -> int:
+        """How many micro-batches were left out of their windows (`on_nonfinite="micro_batch"`)."""
+        return self._skipped(1)
+
+    def _skipped(self, kind: int) -> int:
+        windows = vars(self).get("_accumulation")
+        return windows.skipped[kind] if isinstance(windows, Windows) else 0
 
     def flush(self) -> int:
         """Apply a partial window now, with its own weights.
@@ -225,6 +249,25 @@ class Accumulating:
                 "windows run on from epoch to epoch. Pass callbacks on to tf_keras's fit.",
             )
         return result
+
+
+def _with_wide_outputs(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of `compute_loss`, with outputs in 16 bits in float32, as losses want them."""
+
+    def wide(output: Any) -> Any:
+        if not tf.is_tensor(output) or output.dtype not in (tf.float16, tf.bfloat16):
+            return output
+        widened = tf.cast(output, tf.float32)
+        mask = getattr(output, "_keras_mask", None)
+        if mask is not None:
+            widened._keras_mask = mask
+        return widened
+
+    if len(args) > 2:
+        args = (*args[:2], tf.nest.map_structure(wide, args[2]), *args[3:])
+    elif kwargs.get("y_pred") is not None:
+        kwargs = {**kwargs, "y_pred": tf.nest.map_structure(wide, kwargs["y_pred"])}
+    return args, kwargs
 
 
 def _fit_with(callback: Any, own_fit: Callable[..., Any], args: Any, kwargs: Any) -> Any:

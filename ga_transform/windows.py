@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 import weakref
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, Optional, Union
 import tensorflow as tf
 
 from ga_transform import _graphs, _keras
+from ga_transform.batch_statistics import Pools
 from ga_transform.chain import Chain
 from ga_transform.diversion import running, undiverted
 from ga_transform.errors import InexactWarning
@@ -18,9 +20,11 @@ from ga_transform.layouts import Call, OptimizerLayout, StateLayout, Turn, Windo
 from ga_transform.neighbours import couplings_of, pass_counters_of
 from ga_transform.numerics import Gradient
 from ga_transform.optimizer_state import build_for, mend_wrapper, positions_built_for
+from ga_transform.rewrites.loss_scale import is_scaled, lower_scale
 from ga_transform.specs import Accumulate, Split
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Window
+from ga_transform.stages.skips import Skips
 from ga_transform.stages.update import Update
 
 __all__ = ["Handed", "Windows"]
@@ -52,6 +56,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
     def __init__(self, model: Any) -> None:
         self.chain: Chain = model._accumulating_chain
         self.accumulate = self.chain.find(Accumulate) or Accumulate(1)
+        self._is_asked_to_skip = self.chain.find(Accumulate) is not None
         self._is_split = self.chain.find(Split) is not None
         self._compiled_loss = self._no_dependency(model.compiled_loss)
         self._jit_compile = model.jit_compile
@@ -81,6 +86,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         for optimizer in optimizers:
             mend_wrapper(optimizer)
             self.open(optimizer)
+        self.pools = Pools(model)  # checkpointed under this name
         self._pass_counters = self._no_dependency(pass_counters_of(model))
         couplings = couplings_of(model)
         if couplings and self.chain.gathers:
@@ -115,6 +121,12 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         """The micro-batches of the fullest window."""
         return max((window.holds for window in self._windows.values()), default=0)
 
+    @property
+    def skipped(self) -> tuple[int, int]:
+        """Windows whose update was skipped, and micro-batches that were left out."""
+        counts = [window.skips.counts for window in self._windows.values()]
+        return sum(each[0] for each in counts), sum(each[1] for each in counts)
+
     def is_begun(self, slice_index: Optional[tf.Tensor] = None) -> tf.Tensor:
         """Whether any window holds micro-batches. Shape: scalar, bool.
 
@@ -123,6 +135,19 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         """
         empty = [window.is_empty(slice_index) for window in self._windows.values()]
         return ~tf.reduce_all(empty) if empty else tf.constant(False)
+
+    def share_of_batch(self) -> tf.Tensor:
+        """Of a window of the model's first optimizer, what a batch is. Shape: scalar, float64."""
+        optimizers = _keras.optimizers_of(self._model())
+        steps = tf.constant(1, tf.int64)
+        if optimizers:
+            iterations = getattr(optimizers[0], "iterations", None)
+            steps = self.open(optimizers[0]).steps_at(iterations)
+        return 1.0 / tf.cast(steps, tf.float64)
+
+    def end_statistics(self) -> None:
+        """Have moving statistics move, if the windows have ended with this batch."""
+        self.pools.end_batch(self.is_begun())
 
     def warn_of_silence(self) -> None:
         """Say, once, where nothing has come here that could be accumulated."""
@@ -155,6 +180,11 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 is_split=self._is_split,
                 keep_sparse=not self._jit_compile,
                 keep_size=_keras.computes_in_float16(self._model()),
+                skips=Skips(
+                    guards_updates=self._is_asked_to_skip or is_scaled(optimizer),
+                    leaves_out=self.accumulate.on_nonfinite == "micro_batch",
+                    lower_scale=functools.partial(lower_scale, optimizer),
+                ),
             )
             place = self._places().get(id(optimizer), "new")
             name = "_".join(map(str, ("window", place, *turn)))
@@ -171,22 +201,24 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             args, kwargs: What the model passes to `apply_gradients` beside the gradients. A
                 later flush passes the same.
         """
+        skips = self.open(optimizer, turn).skips
 
         def update(
             gradients: Sequence[Optional[Gradient]], variables: Sequence[tf.Variable]
         ) -> None:
-            present = [variable for g, variable in zip(gradients, variables) if g is not None]
-            staged = apply_stages(
-                self.chain.update_stages,
-                [gradient for gradient in gradients if gradient is not None],
-                present,
-                self._model(),
-            )
-            final = {v.ref(): _as_handed(g, v.dtype) for g, v in zip(staged, present)}
-            # Variables without a gradient go along, and are left out as tf_keras does it.
-            handed = [(final.get(variable.ref()), variable) for variable in variables]
-            with running(None):  # an optimizer made of others calls theirs
-                undiverted(optimizer)(handed, *args, **kwargs)
+            pairs = [(g, variable) for g, variable in zip(gradients, variables) if g is not None]
+            present = [variable for _, variable in pairs]
+            given = [gradient for gradient, _ in pairs]
+
+            def make() -> None:
+                staged = apply_stages(self.chain.update_stages, given, present, self._model())
+                final = {v.ref(): _as_handed(g, v.dtype) for g, v in zip(staged, present)}
+                # Variables without a gradient go along, and are left out as tf_keras does it.
+                handed = [(final.get(variable.ref()), variable) for variable in variables]
+                with running(None):  # an optimizer made of others calls theirs
+                    undiverted(optimizer)(handed, *args, **kwargs)
+
+            skips.guard(given, make)
 
         self._updates[id(optimizer), turn] = update
         self._calls[id(optimizer), turn] = plain_call(args, kwargs)
@@ -196,6 +228,8 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         """Prepare for the slices of a batch."""
         for window in self._windows.values():
             window.begin_batch()
+        if self.accumulate.steps == 1:
+            self.pools.clear()
 
     def end_batch(self, handed: Handed) -> None:
         """Make the update of a window, if it ends with this batch."""
@@ -266,6 +300,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             if key not in self._flushes:
                 self._flushes[key] = self._flush_function(window, self._updates[key])
             self._flushes[key]()
+        self.pools.move()
 
     def _flush_function(self, window: Window, update: Update) -> Callable[[], None]:
         def flush() -> None:
@@ -282,6 +317,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         """Forget partial windows."""
         for window in self._windows.values():
             window.discard()
+        self.pools.clear()
 
     # ---- in files --------------------------------------------------------------------------
 
@@ -297,9 +333,11 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             if place is not None and books is not None:
                 # What follows an update is known when a step has been traced.
                 call = None if self._followers.get(id(window)) else self._calls.get(key)
-                layouts.append(WindowLayout(place, turn, call, books))
+                layouts.append(WindowLayout(place, turn, call, books, window.skips.counts))
         trained = _keras.trained_positions(self._model())
-        return StateLayout(layouts, trained, self.pending, self._built(), self._is_split)
+        return StateLayout(
+            layouts, trained, self.pending, self._built(), self._is_split, self.pools.layout()
+        )
 
     def _built(self) -> list[OptimizerLayout]:
         """What the optimizers have slots for, but for those that train other variables, too."""
@@ -325,22 +363,26 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             and (not begun or layout.trained == _keras.trained_positions(model))
             and (not begun or self.accumulate.steps != 1)
             and (not begun or layout.is_split == self._is_split)
+            and self.pools.takes(layout.pools)
         )
 
-    def arrange(self, layouts: Sequence[WindowLayout]) -> None:
-        """Make the windows of layouts and the sums in them; all others hold nothing."""
+    def arrange(self, layout: StateLayout) -> None:
+        """Make the windows and pools of a layout, and the sums in them; all others hold nothing."""
         model = self._model()
         optimizers, weights = _keras.optimizers_within(model), _keras.weights_of(model)
         named = set()
-        for layout in layouts:
-            optimizer = optimizers[layout.optimizer]
-            key = id(optimizer), layout.turn
+        for each in layout.windows:
+            optimizer = optimizers[each.optimizer]
+            key = id(optimizer), each.turn
             named.add(key)
-            self.open(optimizer, layout.turn).arrange(layout.books, weights)
-            if layout.call is not None and key not in self._updates:
-                self.update_of(optimizer, layout.turn, *layout.call)
+            window = self.open(optimizer, each.turn)
+            window.arrange(each.books, weights)
+            window.skips.counts = each.skips
+            if each.call is not None and key not in self._updates:
+                self.update_of(optimizer, each.turn, *each.call)
         for key in self._windows.keys() - named:
             self._windows[key].discard()
+        self.pools.arrange(layout.pools)
 
     def restored(self, layout: StateLayout) -> None:
         """Prepare for values that a checkpoint is about to restore."""
@@ -352,19 +394,22 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         if self.is_misfit:
             model.train_function = None  # has the next step find out
             return
-        self.arrange(layout.windows)
+        self.arrange(layout)
         # Else their slots would be made at the end of the window, when newer checkpoints may have
         # taken the place of this.
         if layout.trained == _keras.trained_positions(model):
             for each in layout.optimizers:
                 build_for(optimizers[each.optimizer], [weights[place] for place in each.built_for])
 
-    def state(self, layouts: Sequence[WindowLayout]) -> list[tf.Variable]:
-        """The variables in the order of layouts that are arranged."""
+    def state(self, layout: StateLayout) -> list[tf.Variable]:
+        """The variables in the order of a layout that is arranged."""
         model = self._model()
         optimizers, weights = _keras.optimizers_within(model), _keras.weights_of(model)
-        windows = [self.open(optimizers[each.optimizer], each.turn) for each in layouts]
-        states = [window.state(each.books, weights) for window, each in zip(windows, layouts)]
+        states = [
+            self.open(optimizers[each.optimizer], each.turn).state(each.books, weights)
+            for each in layout.windows
+        ]
+        states.append(self.pools.state(layout.pools))
         return [variable for state in states for variable in state]
 
     def _places(self) -> dict[int, int]:

@@ -14,8 +14,9 @@ import tensorflow as tf
 
 from ga_transform._keras import AutoTrackable
 from ga_transform.layouts import SumLayout
-from ga_transform.numerics import rarely
+from ga_transform.numerics import all_finite, rarely
 from ga_transform.stages.books import Book, Share
+from ga_transform.stages.skips import Skips
 from ga_transform.stages.update import Update, make_update
 
 __all__ = ["Window"]
@@ -31,6 +32,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
             of their rows varies, which XLA does not allow of a variable.
         keep_size: Whether weighted gradients must keep their usual size, which is all that
             float16 can hold.
+        skips: What is done about gradients that are not finite.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         is_split: bool,
         keep_sparse: bool,
         keep_size: bool,
+        skips: Skips,
     ) -> None:
         schedule = steps if isinstance(steps, Mapping) else {0: steps}
         # Tuples, because a list or dict would be wrapped for tracking.
@@ -48,6 +51,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         self._is_split = is_split
         self._keep_sparse = keep_sparse
         self._keep_size = keep_size
+        self.skips = self._no_dependency(skips)
         self._books = self._no_dependency({})
         with tf.init_scope():
             self.micro_batches = tf.Variable(0, trainable=False, dtype=tf.int64)
@@ -112,6 +116,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         """Prepare for the slices of a batch."""
         if not self._crosses_batches:
             self.micro_batches.assign(0)  # a batch that failed may have left some
+            self.skips.begin(tf.constant(True))
 
     def add(
         self,
@@ -135,19 +140,32 @@ class Window(AutoTrackable):  # type: ignore[misc]
         given = {share.kind: share for share in shares}
         has_grown = self._open(shares, variables)
 
-        def put() -> tf.Tensor:
+        def write(given: Mapping[str, Share]) -> tf.Tensor:
             if self._keep_size:
                 self.reference.assign(weight)
             for book in self._books.values():
                 book.put(given.get(book.kind))
             return tf.constant(0)
 
+        def put() -> tf.Tensor:
+            return write(given)
+
         def add() -> tf.Tensor:
             for share in shares:
                 self._books[share.kind].add(share)
             return tf.constant(0)
 
-        tf.cond(self.is_empty(slice_index), put, add)
+        is_empty = self.is_empty(slice_index)
+
+        def leave_out() -> tf.Tensor:
+            self.skips.leave_out()
+            return tf.cond(is_empty, lambda: write({}), lambda: tf.constant(0))
+
+        if self.skips.leaves_out:
+            gradients = [each for share in shares for each in share.gradients.values()]
+            tf.cond(all_finite(gradients), lambda: tf.cond(is_empty, put, add), leave_out)
+        else:
+            tf.cond(is_empty, put, add)
         if slice_index is None:
             self.micro_batches.assign_add(1)
         return has_grown
@@ -179,11 +197,12 @@ class Window(AutoTrackable):  # type: ignore[misc]
             if self._is_split:
                 batches = self.batches
                 batches.assign_add(tf.cast(is_last, tf.int64))
-            is_last &= batches >= self._steps_at(iterations)
+            is_last &= batches >= self.steps_at(iterations)
         is_due = is_last & self._weighs_anything()
         if self._crosses_batches:
             present = None  # others may have them
         rarely(is_due, lambda: make_update(variables, self._totals(present), update))
+        self._skip_if_nothing_is_left(is_last)
         self._close(is_last)
 
     def flush(self, update: Update) -> None:
@@ -193,12 +212,20 @@ class Window(AutoTrackable):  # type: ignore[misc]
             update: As in `end_batch`.
         """
         rarely(self._weighs_anything(), lambda: make_update([], self._totals(), update))
+        self._skip_if_nothing_is_left(tf.constant(True))
         self._close(tf.constant(True))
 
     def discard(self) -> None:
         """Forget what the window holds."""
         for count in self._counts():
             count.assign(0)
+        self.skips.begin(tf.constant(True))
+
+    def _skip_if_nothing_is_left(self, is_last: tf.Tensor) -> None:
+        """Count a window all of whose micro-batches are left out."""
+        if self.skips.leaves_out:
+            is_lost = is_last & self.skips.has_left_out & ~self._weighs_anything()
+            rarely(is_lost, self.skips.skip)
 
     def _weighs_anything(self) -> tf.Tensor:
         # Without rows, or without a valid one, there is nothing to update with.
@@ -211,6 +238,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         """Begin another window, where this one has had its last batch."""
         for count in self._counts():
             count.assign(tf.where(is_last, tf.zeros_like(count), count))
+        self.skips.begin(is_last)
         if len(self._steps) > 1:
             self.updates.assign_add(tf.cast(is_last, tf.int64))
 
@@ -264,7 +292,8 @@ class Window(AutoTrackable):  # type: ignore[misc]
         has_batches = self._is_split and self._crosses_batches
         return [self.micro_batches, *([self.batches] if has_batches else [])]
 
-    def _steps_at(self, iterations: Any) -> tf.Tensor:
+    def steps_at(self, iterations: Any) -> tf.Tensor:
+        """How many batches make the window that is filled now. Shape: scalar, int64."""
         if len(self._steps) == 1:
             return tf.constant(self._steps[0], tf.int64)
         # An optimizer that is made of others may have no count of its own, or one that rests.
