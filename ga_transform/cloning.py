@@ -116,14 +116,14 @@ def _clone_from_config(layer: Any) -> Any:
             own_layer = type(layer).from_config({**config, **functions})
         except UNFIT:
             own_layer = type(layer).from_config(config)
-        if isinstance(layer, _keras.BatchNormalizationBase):
-            own_layer.fused = layer.fused  # stands in no config, and takes other variances
-        return own_layer
     except UNFIT as error:
         raise ValueError(
             f"A model must have layers that can be made from their configs to be copied; got "
             f"{type(layer).__name__} {layer.name!r}, which cannot. {REMEDY}"
         ) from error
+    if isinstance(layer, _keras.BatchNormalizationBase):
+        own_layer.fused = layer.fused  # stands in no config, and takes other variances
+    return own_layer
 
 
 def _is_own(value: Any) -> bool:

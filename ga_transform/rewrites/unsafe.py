@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Optional
 
+import tensorflow as tf
 import tf_keras
 from tf_keras import layers
 
@@ -17,7 +18,7 @@ from ga_transform import _keras
 __all__ = ["reason_to_keep"]
 
 _SQUARES = "a sum of squares leaves the range of float16"
-_ACTIVATIONS = (tf_keras.activations.softmax, getattr(tf_keras.activations, "log_softmax", None))
+_ACTIVATIONS = (tf_keras.activations.softmax, tf.nn.softmax, tf.nn.log_softmax)
 
 _MEANS = (
     layers.GlobalAveragePooling1D,
