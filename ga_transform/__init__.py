@@ -30,16 +30,19 @@ from ga_transform.specs import (
 )
 
 if TYPE_CHECKING:
+    from ga_transform.callbacks import AccumulationLog as AccumulationLog
     from ga_transform.callbacks import per_update as per_update
     from ga_transform.conversion import accumulating as accumulating
     from ga_transform.conversion import make_accumulating as make_accumulating
     from ga_transform.conversion import strip_accumulating as strip_accumulating
+    from ga_transform.report import explain as explain
     from ga_transform.stages import register_transform as register_transform
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Accumulate",
+    "AccumulationLog",
     "BatchNorm",
     "Chain",
     "ClipByAGC",
@@ -52,6 +55,7 @@ __all__ = [
     "Split",
     "Transform",
     "accumulating",
+    "explain",
     "make_accumulating",
     "per_update",
     "register_transform",
@@ -59,7 +63,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AccumulationLog": "ga_transform.callbacks",
     "accumulating": "ga_transform.conversion",
+    "explain": "ga_transform.report",
     "make_accumulating": "ga_transform.conversion",
     "strip_accumulating": "ga_transform.conversion",
     "per_update": "ga_transform.callbacks",

@@ -19,6 +19,8 @@ from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
 from ga_transform.numerics import Gradient, added, map_values, values_of, widened
 from ga_transform.rewrites.batch_norm import Statistics
+from ga_transform.rewrites.loss_scale import has_scaled
+from ga_transform.specs import Precision
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Window
 from ga_transform.stages.books import Share
@@ -206,6 +208,7 @@ class MicroStep:
         present = [variable for gradient, variable in pairs if gradient is not None]
         trained = {variable.ref() for _, variable in pairs}
         turn = self._turn(optimizer, graphs, trained)
+        self._warn_of_scale(optimizer)
         window = self._windows.open(optimizer, turn)
         self._handed.append((window, trained))
         kind = self._kind(optimizer)
@@ -345,6 +348,18 @@ class MicroStep:
                 f"{self.model.name}: train_step passes tensors to apply_gradients beside the "
                 "gradients. An update is given those of its last micro-batch only.",
             )
+
+    def _warn_of_scale(self, optimizer: Any) -> None:
+        """Say, once, that gradients in float16 have come of a loss that was not scaled."""
+        precision = self._windows.chain.find(Precision)
+        if precision is None or precision.policy != "mixed_float16" or has_scaled(optimizer):
+            return
+        self._windows.warn_once(
+            "scale",
+            f"{self.model.name}: the loss of {type(optimizer).__name__} is not scaled, so small "
+            "gradients become zero in float16. Call optimizer.minimize, or get_scaled_loss and "
+            "get_unscaled_gradients, of a LossScaleOptimizer; or use mixed_bfloat16.",
+        )
 
     def _warn_of_zeros(self, variables: list[tf.Variable]) -> None:
         """Say, once, that a window may have gradients for variables which this batch has not."""

@@ -15,6 +15,7 @@ from ga_transform.specs import Precision
 
 __all__ = [
     "hand_on_scaling",
+    "has_scaled",
     "is_scaled",
     "is_wrapped",
     "lower_scale",
@@ -52,6 +53,11 @@ def scale_losses(model: Any, spec: Optional[Precision]) -> None:
 def mark_as_wrapped(model: Any) -> None:
     """Note that the wrapper of a model's optimizer is ours, and goes with the conversion."""
     vars(model)[_WRAPPED] = True
+
+
+def has_scaled(optimizer: Any) -> bool:
+    """Whether an optimizer scales its loss, and has been asked to."""
+    return is_scaled(optimizer) and optimizer._loss_has_been_scaled
 
 
 def hand_on_scaling(model: Any, copy: Any) -> None:
