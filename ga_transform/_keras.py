@@ -38,6 +38,7 @@ __all__ = [
     "Sequential",
     "activation_losses",
     "averages_of",
+    "call_symbolically",
     "computes_in_float16",
     "count_parts",
     "ending_layers",
@@ -45,6 +46,7 @@ __all__ = [
     "flatten_layers",
     "forget_traces",
     "has_functional_init",
+    "has_own_code",
     "has_own_gradients",
     "has_sum_losses",
     "held_by",
@@ -59,6 +61,7 @@ __all__ = [
     "optimizers_within",
     "output_layers",
     "positions_of",
+    "reference_of",
     "register_under",
     "replace_in_compile_config",
     "retrack",
@@ -280,15 +283,20 @@ def weights_of(model: Any) -> list[Any]:
     return [found[identity] for identity in found if isinstance(found[identity], tf.Variable)]
 
 
+def reference_of(variable: Any) -> Any:
+    """What tells a variable from others, be it read as it is or in another precision."""
+    return without_autocast(variable).ref()
+
+
 def positions_of(model: Any) -> dict[Any, int]:
     """By reference, where variables stand among a model's weights."""
-    return {weight.ref(): position for position, weight in enumerate(weights_of(model))}
+    return {reference_of(weight): position for position, weight in enumerate(weights_of(model))}
 
 
 def trained_positions(model: Any) -> list[int]:
     """Where the weights that a model trains stand among all."""
     positions = positions_of(model)
-    trained = {weight.ref() for weight in model.trainable_weights} if positions else set()
+    trained = {reference_of(weight) for weight in model.trainable_weights} if positions else set()
     return [position for reference, position in positions.items() if reference in trained]
 
 
@@ -475,3 +483,22 @@ def replace_in_compile_config(model: Any, optimizer: Any) -> None:
     config = getattr(model, "_compile_config", None)
     if config is not None:
         config.config["optimizer"] = optimizer
+
+
+def has_own_code(model: Any) -> bool:
+    """Whether a model that is built is, or holds, a layer of a class that is not of tf_keras."""
+    if not model.built or getattr(model, "save_spec", lambda: None)() is None:
+        return False
+    kinds = [each for layer in model._flatten_layers() for each in type(layer).__mro__]
+    packages = {each.__module__.split(".")[0] for each in kinds}
+    return not packages <= {"abc", "builtins", "ga_transform", "tensorflow", "tf_keras"}
+
+
+def call_symbolically(model: Any) -> None:
+    """Call a model that is built on tensors without values, of the shapes that it has seen."""
+    args, kwargs = model.save_spec(dynamic_batch=False)
+
+    def call(args: Any, kwargs: Any) -> Any:
+        return model(*args, **kwargs, training=False)
+
+    tf.function(call, autograph=False).get_concrete_function(args, kwargs)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional, TypeVar, Union
 
+import tensorflow as tf
 import tf_keras
 
 from ga_transform import (
@@ -264,6 +266,7 @@ def _convert(owner: str, model: Any, chain: Chain, inplace: bool) -> Any:
     if not inplace:
         model = clone_with_state(model, type(model))
     become_accumulating(model, chain)
+    _check_precisions_agree(model, chain)
     return model
 
 
@@ -306,6 +309,28 @@ def _check_rows_are_free(model: Any, chain: Chain) -> None:
             f"Split must be given a model without stateful layers; got {', '.join(names)} in "
             f"{model.name!r}. Use accum_steps, which takes batches as they are."
         )
+
+
+def _check_precisions_agree(model: Any, chain: Chain) -> None:
+    """Refuse a model whose own code mixes tensors of 16 bits with others, and change it back."""
+    if chain.find(Precision) is None or not _keras.has_own_code(model):
+        return
+    try:
+        _keras.call_symbolically(model)
+    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+        become_plain(model)
+        raise ValueError(
+            f"{chain.find(Precision)} must be given a model whose own code takes tensors of 16 "
+            f"bits; got {model.name!r}, which raises: {_core_of(str(error))} Cast them there, or "
+            "name its layers in Precision(keep=...)."
+        ) from error
+
+
+def _core_of(text: str) -> str:
+    """What an error in a model's code says, without the way there."""
+    lines = [line.strip() for line in text.splitlines()]
+    told = [line for line in lines if re.match(r"\w*Error: |.*Op has type|cannot compute", line)]
+    return (told or lines)[-1]
 
 
 def _warn_of_taken_names(model: Any) -> None:

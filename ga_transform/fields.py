@@ -152,7 +152,7 @@ def names(spec: object, field: attrs.Attribute[Any], value: object) -> None:
             _owner(spec, field),
             "a tuple of names or globs",
             value,
-            "Write ('head',) for one layer or ('*/bias:0',) for a glob on variable paths.",
+            "Write ('head',) for one, or ('block_*',) for all that match.",
         )
 
 

@@ -19,8 +19,7 @@ from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
 from ga_transform.numerics import Gradient, added, map_values, values_of, widened
 from ga_transform.rewrites.batch_norm import Statistics
-from ga_transform.rewrites.loss_scale import has_scaled
-from ga_transform.specs import Precision
+from ga_transform.rewrites.loss_scale import has_scaled, is_in_float16
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Window
 from ga_transform.stages.books import Share
@@ -153,7 +152,7 @@ class MicroStep:
         window = self._windows.open(self.model.optimizer)
         if of_weights and not means:
             # Once a window, and beside a sum nothing divides it: the first brings it along.
-            first = window.is_empty(self._slice_index())
+            first = window.stores_nothing(self._slice_index())
             sums += [tf.where(first, loss, tf.zeros_like(loss)) for loss in of_weights]
         by_kind = (
             {SUM: total_of([tf.reduce_sum(loss) for loss in sums])} if sums else {}
@@ -206,7 +205,7 @@ class MicroStep:
         self._warn_of_call(graphs, args, kwargs)
         pairs = list(grads_and_vars)
         present = [variable for gradient, variable in pairs if gradient is not None]
-        trained = {variable.ref() for _, variable in pairs}
+        trained = {_keras.reference_of(variable) for _, variable in pairs}
         turn = self._turn(optimizer, graphs, trained)
         self._warn_of_scale(optimizer)
         window = self._windows.open(optimizer, turn)
@@ -294,7 +293,7 @@ class MicroStep:
         windows = [
             window
             for window, handed in self._handed
-            if any(variable.ref() in handed for variable in variables)
+            if any(_keras.reference_of(variable) in handed for variable in variables)
         ]
 
         def act() -> tf.Tensor:
@@ -351,8 +350,7 @@ class MicroStep:
 
     def _warn_of_scale(self, optimizer: Any) -> None:
         """Say, once, that gradients in float16 have come of a loss that was not scaled."""
-        precision = self._windows.chain.find(Precision)
-        if precision is None or precision.policy != "mixed_float16" or has_scaled(optimizer):
+        if not is_in_float16(self._windows.chain) or has_scaled(optimizer):
             return
         self._windows.warn_once(
             "scale",
@@ -390,8 +388,10 @@ def _by_reference(
     """Gradients by their variables; those of a variable that is handed twice are added up."""
     found: dict[Any, Gradient] = {}
     for gradient, variable in zip(gradients, variables):
-        earlier = found.get(variable.ref())
-        found[variable.ref()] = gradient if earlier is None else added(earlier, gradient, variable)
+        earlier = found.get(_keras.reference_of(variable))
+        found[_keras.reference_of(variable)] = (
+            gradient if earlier is None else added(earlier, gradient, variable)
+        )
     return found
 
 

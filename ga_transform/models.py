@@ -27,7 +27,6 @@ from ga_transform.rewrites.loss_scale import (
     undo_scaling,
 )
 from ga_transform.rewrites.rewritten import as_plain as as_plain_layers
-from ga_transform.specs import Precision
 from ga_transform.training import Accumulating
 
 __all__ = [
@@ -161,7 +160,7 @@ def become_accumulating(model: Any, chain: Chain) -> None:
     model.__class__ = _accumulating_class(type(model), taken_names(model))
     _set_chain(model, chain)
     apply_rewrites(chain, model)
-    scale_losses(model, chain.find(Precision))
+    scale_losses(model, chain)
     for name in _OWN_METHODS:
         if name in vars(model):  # set on the object, where it would hide that of the class
             method = vars(model)[name]

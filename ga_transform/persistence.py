@@ -27,9 +27,9 @@ from ga_transform import _keras
 from ga_transform.chain import Chain
 from ga_transform.classes import as_plain, as_registered
 from ga_transform.optimizer_state import beside_lists, is_legacy, state_of
+from ga_transform.rewrites import apply_rewrites
 from ga_transform.rewrites.loss_scale import scale_losses
 from ga_transform.snapshot import Snapshot, put_back, take_snapshot
-from ga_transform.specs import Precision
 from ga_transform.windows import Windows
 
 __all__ = ["Persistent"]
@@ -57,12 +57,13 @@ class Persistent:
         """As the plain model does, whose `compile` is not overridden."""
         with as_plain(self):
             self.compile_from_config(config)
+        apply_rewrites(self._accumulating_chain, self)  # it is built by now
         if self._is_compiled:
             self._scale_losses()
             self._open_windows()
 
     def _scale_losses(self) -> None:
-        scale_losses(self, self._accumulating_chain.find(Precision))
+        scale_losses(self, self._accumulating_chain)
 
     def _kept_micro_batches(self) -> int:
         """The pending micro-batches of what was read, and waits for `compile`."""

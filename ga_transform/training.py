@@ -67,16 +67,22 @@ class Accumulating:
         Returns:
             What the model's own `train_step` returns.
         """
-        apply_rewrites(self._accumulating_chain, self)  # to layers that are made since
+        self._rewrite()  # layers that were made since
         windows = self._open_windows()
         if tf.executing_eagerly():
             return self._step(windows, args, kwargs)
-        parts = _keras.count_parts(self)
+        parts, is_built = _keras.count_parts(self), self.built  # type: ignore[attr-defined]
         with _keras.tracing_once(_keras.optimizers_within(self)):
             logs = self._step(windows, args, kwargs)
-        if _keras.count_parts(self) > parts:
+        is_rewritten = not is_built and self._rewrite()
+        if is_rewritten or _keras.count_parts(self) > parts:
             _graphs.trace_again()  # with what the step has made in view from its beginning
         return logs
+
+    def _rewrite(self) -> bool:
+        """Rewrite the layers that there are; whether the chain rewrites any."""
+        apply_rewrites(self._accumulating_chain, self)
+        return any(spec.role == "rewrite" for spec in self._accumulating_chain)
 
     def _step(self, windows: Windows, args: Any, kwargs: Any) -> Any:
         split = self._accumulating_chain.find(Split)

@@ -111,7 +111,7 @@ def copy_training_state(model: Any, copy: Any) -> None:
     if not _keras.weights_of(model):
         return
     pairs = zip(model.variables, copy.variables)
-    own_variables = {v.ref(): own for v, own in pairs if isinstance(v, tf.Variable)}
+    own_variables = {_keras.reference_of(v): own for v, own in pairs if isinstance(v, tf.Variable)}
     optimizers, own_optimizers = _keras.optimizers_of(model), _keras.optimizers_of(copy)
     if [type(item) for item in optimizers] != [type(item) for item in own_optimizers]:
         raise not_copied(model, "its compile makes other optimizers")

@@ -20,7 +20,7 @@ from ga_transform.layouts import Call, OptimizerLayout, StateLayout, Turn, Windo
 from ga_transform.neighbours import couplings_of, pass_counters_of
 from ga_transform.numerics import Gradient
 from ga_transform.optimizer_state import build_for, mend_wrapper, positions_built_for
-from ga_transform.rewrites.loss_scale import is_scaled, lower_scale
+from ga_transform.rewrites.loss_scale import is_in_float16, is_scaled, lower_scale
 from ga_transform.specs import Accumulate, Split
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Window
@@ -179,7 +179,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 self.accumulate.steps,
                 is_split=self._is_split,
                 keep_sparse=not self._jit_compile,
-                keep_size=_keras.computes_in_float16(self._model()),
+                keep_size=is_in_float16(self.chain) or _keras.computes_in_float16(self._model()),
                 skips=Skips(
                     guards_updates=self._is_asked_to_skip or is_scaled(optimizer),
                     leaves_out=self.accumulate.on_nonfinite == "micro_batch",
@@ -212,9 +212,13 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
             def make() -> None:
                 staged = apply_stages(self.chain.update_stages, given, present, self._model())
-                final = {v.ref(): _as_handed(g, v.dtype) for g, v in zip(staged, present)}
+                final = {
+                    _keras.reference_of(v): _as_handed(g, v.dtype) for g, v in zip(staged, present)
+                }
                 # Variables without a gradient go along, and are left out as tf_keras does it.
-                handed = [(final.get(variable.ref()), variable) for variable in variables]
+                handed = [
+                    (final.get(_keras.reference_of(variable)), variable) for variable in variables
+                ]
                 with running(None):  # an optimizer made of others calls theirs
                     undiverted(optimizer)(handed, *args, **kwargs)
 

@@ -20,8 +20,8 @@ import ga_transform as ga
 
 #: Every kind of spec, with nothing left at its default.
 SPECS = {
-    "Precision": ga.Precision("mixed_float16", 1024.0, dynamic=False, growth_steps=10),
-    "BatchNorm": ga.BatchNorm("pooled"),
+    "Precision": ga.Precision("mixed_float16", 1024.0, dynamic=False, growth_steps=10, keep="head"),
+    "BatchNorm": ga.BatchNorm("freeze", trainable=False),
     "Split": ga.Split(32, whole_batch_loss=True),
     "Accumulate": ga.Accumulate(8, "equal", "carry", "micro_batch"),
     "Scale": ga.Scale(-0.5),
@@ -765,6 +765,7 @@ rewrites = {
         initial_scale=positive,
         dynamic=st.booleans(),
         growth_steps=counts,
+        keep=st.lists(st.text()),
     ),
     "BatchNorm": st.builds(ga.BatchNorm, st.sampled_from(["keep", "momentum", "pooled", "freeze"])),
 }

@@ -40,7 +40,7 @@ PAPER = "The paper's is 0.01."
 EPS = "ClipByAGC.eps must be a finite number > 0; got"
 PAPER_EPS = "The paper's is 1e-3."
 EXCLUDE = "ClipByAGC.exclude must be a tuple of names or globs; got"
-NAMES = "Write ('head',) for one layer or ('*/bias:0',) for a glob on variable paths."
+NAMES = "Write ('head',) for one, or ('block_*',) for all that match."
 AXES = "ClipByAGC.axes must be a mapping of names or globs to the axes a norm is taken over; got"
 UNITS = "For example {'embedding/*': (1,)}; () makes every element a unit."
 POLICY = "Precision.policy must be one of 'mixed_float16', 'mixed_bfloat16', 'float32'; got"
@@ -205,6 +205,22 @@ SPECS = [
         lambda: ga.Precision("float32", growth_steps=1.5),
         TypeError,
         "Precision.growth_steps must be an int >= 1; got 1.5 (float). The default is 2000.",
+    ),
+    (
+        lambda: ga.Precision("float32", keep=3),
+        TypeError,
+        (
+            "Precision.keep must be a tuple of names or globs; got 3 (int). Write ('head',) for one, "
+            "or ('block_*',) for all that match."
+        ),
+    ),
+    (
+        lambda: ga.BatchNorm("pooled", trainable=False),
+        ValueError,
+        (
+            "BatchNorm.trainable must be True unless mode is 'freeze'; got False. To train neither "
+            "gamma nor beta, write BatchNorm('freeze', trainable=False)."
+        ),
     ),
     (lambda: ga.BatchNorm("frozen"), ValueError, f"{MODE} 'frozen'. {A_MODE}"),
     (lambda: ga.BatchNorm(None), TypeError, f"{MODE} None (NoneType). {A_MODE}"),
@@ -437,8 +453,6 @@ ARGUMENTS = [
     ),
 ]
 
-LEAVE_OUT = "Leave it out: Split, Accumulate, Scale and the clips can be."
-
 #: Chains that are right, and that this version does not carry out.
 NOT_YET = [
     (
@@ -446,36 +460,26 @@ NOT_YET = [
         NotImplementedError,
         "Split.whole_batch_loss must be False in this version; got True. Leave it out.",
     ),
-    (
-        {"accum_steps": 2, "precision": "float32"},
-        NotImplementedError,
-        (
-            "Precision cannot be carried out in this version; got Precision(policy='float32'). "
-            f"{LEAVE_OUT}"
-        ),
-    ),
-    (
-        {"accum_steps": 2, "batch_norm": "keep"},
-        NotImplementedError,
-        f"BatchNorm cannot be carried out in this version; got BatchNorm(mode='keep'). {LEAVE_OUT}",
-    ),
-    (
-        {"transforms": [ga.Accumulate(2, on_nonfinite="micro_batch")]},
-        NotImplementedError,
-        (
-            "Accumulate.on_nonfinite must be 'window' in this version; got 'micro_batch' (str). "
-            "Leave it out."
-        ),
-    ),
-    (
-        {"transforms": [OwnRewrite(), ga.Accumulate(2)]},
-        NotImplementedError,
-        f"OwnRewrite cannot be carried out in this version; got OwnRewrite(). {LEAVE_OUT}",
-    ),
 ]
 
 #: Arguments that do not fit the model that `build` makes.
 MISFITS = [
+    (
+        {"transforms": [OwnRewrite(), ga.Accumulate(2)]},
+        ValueError,
+        (
+            "OwnRewrite.role must be 'stage' in a transform of your own; got 'rewrite'. Leave it "
+            "out of the class."
+        ),
+    ),
+    (
+        {"accum_steps": 2, "precision": ga.Precision("mixed_float16", keep="hed")},
+        ValueError,
+        (
+            "Precision.keep must be names or globs of this model's layers; got 'hed'. Did you "
+            "mean 'head'?"
+        ),
+    ),
     (
         {"transforms": [ga.Accumulate(2), Unregistered()]},
         ValueError,

@@ -52,10 +52,14 @@ def check_rewrites(chain: Chain, model: Any) -> None:
 
 
 def apply_rewrites(chain: Chain, model: Any) -> None:
-    """Rewrite the layers of a model; those that are rewritten already stay as they are."""
-    for spec in chain:
-        if spec.role == "rewrite":
-            _REWRITES[type(spec)].apply(spec, model)
+    """Rewrite the layers of a model that is built; those that are rewritten stay as they are.
+
+    Before, it is not known which layers there will be, nor which of them end the model.
+    """
+    if model.built:
+        for spec in chain:
+            if spec.role == "rewrite":
+                _REWRITES[type(spec)].apply(spec, model)
 
 
 def undo_rewrites(model: Any) -> None:

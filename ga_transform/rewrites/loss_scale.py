@@ -6,16 +6,18 @@ gradients at once: what windows store is unscaled, in float32, whatever the scal
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import tensorflow as tf
 
 from ga_transform import _keras
+from ga_transform.chain import Chain
 from ga_transform.specs import Precision
 
 __all__ = [
     "hand_on_scaling",
     "has_scaled",
+    "is_in_float16",
     "is_scaled",
     "is_wrapped",
     "lower_scale",
@@ -28,10 +30,17 @@ __all__ = [
 _WRAPPED = "_wraps_optimizer"
 
 
-def scale_losses(model: Any, spec: Optional[Precision]) -> None:
+def is_in_float16(chain: Chain) -> bool:
+    """Whether a chain has a model compute in float16."""
+    spec = chain.find(Precision)
+    return spec is not None and spec.policy == "mixed_float16"
+
+
+def scale_losses(model: Any, chain: Chain) -> None:
     """Wrap the optimizers that a model is compiled with, but for those that are wrapped."""
-    if spec is None or spec.policy != "mixed_float16" or not model._is_compiled:
+    if not (is_in_float16(chain) and model._is_compiled):
         return
+    spec: Any = chain.find(Precision)
     wrapped = False
 
     def wrap(optimizer: Any) -> Any:

@@ -40,7 +40,7 @@ def choices_of(model: Any) -> list[Choice]:
 
 def check_precision(spec: Precision, model: Any) -> None:
     """Refuse names and globs that match no layer."""
-    names = [layer.name for layer in _computing_layers(model)]
+    names = [layer.name for layer in _keras.flatten_layers(model)]
     for pattern in spec.keep if model.built else ():
         if not any(fnmatchcase(name, pattern) for name in names):
             raise wrong_value(

@@ -89,6 +89,19 @@ class Window(AutoTrackable):  # type: ignore[misc]
             is_first_slice & tf.equal(self.batches, 0) if self._crosses_batches else is_first_slice
         )
 
+    def stores_nothing(self, slice_index: Optional[tf.Tensor] = None) -> tf.Tensor:
+        """Whether the window is empty, or has left out all it was given. Shape: scalar, bool.
+
+        Args:
+            slice_index: As in `is_empty`.
+        """
+        if not self.skips.leaves_out:
+            return self.is_empty(slice_index)
+        given = self.micro_batches.read_value()
+        if slice_index is not None:
+            given += tf.cast(slice_index, given.dtype)
+        return tf.equal(given, self.skips.left_out)
+
     def relative(self, weight: tf.Tensor, slice_index: Optional[tf.Tensor] = None) -> tf.Tensor:
         """A weight in units of the window: of one element, or of its first micro-batch.
 
@@ -224,7 +237,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
     def _skip_if_nothing_is_left(self, is_last: tf.Tensor) -> None:
         """Count a window all of whose micro-batches are left out."""
         if self.skips.leaves_out:
-            is_lost = is_last & self.skips.has_left_out & ~self._weighs_anything()
+            is_lost = is_last & (self.skips.left_out > 0) & ~self._weighs_anything()
             rarely(is_lost, self.skips.skip)
 
     def _weighs_anything(self) -> tf.Tensor:

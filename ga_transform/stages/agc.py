@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 from tf_keras import layers
 
-from ga_transform._keras import flatten_layers, output_layers
+from ga_transform._keras import flatten_layers, output_layers, reference_of
 from ga_transform.errors import did_you_mean, wrong_value
 from ga_transform.numerics import Gradient, map_values, unitwise_norm
 from ga_transform.specs import ClipByAGC
@@ -63,7 +63,7 @@ def clip_by_agc(
     axes_of = unit_axes(spec, model)
     clipped = []
     for gradient, variable in zip(gradients, variables):
-        axes = axes_of.get(variable.ref(), _axes_by_rank(variable))
+        axes = axes_of.get(reference_of(variable), _axes_by_rank(variable))
         clipped.append(gradient if axes is None else _clip_units(spec, gradient, variable, axes))
     return clipped
 
@@ -90,12 +90,12 @@ def unit_axes(spec: ClipByAGC, model: Any) -> dict[Any, Axes | None]:
     by_layer: dict[Any, Axes] = {}
     for layer in flatten_layers(model):
         for variable, axes in _axes_by_layer(layer):
-            by_layer.setdefault(variable.ref(), axes)
-    head = {kernel.ref() for kernel in _head_kernels(model)} if spec.exclude_head else set()
+            by_layer.setdefault(reference_of(variable), axes)
+    head = {reference_of(kernel) for kernel in _head_kernels(model)} if spec.exclude_head else set()
 
     chosen: dict[Any, Axes | None] = {}
     for names, variable in _named_variables(model):
-        reference = variable.ref()
+        reference = reference_of(variable)
         chosen[reference] = by_layer.get(reference, _axes_by_rank(variable))
         for pattern, axes in spec.axes.items():
             if _matches(names, [pattern]):
@@ -189,8 +189,10 @@ def _named_variables(model: Any) -> Iterator[tuple[set[str], tf.Variable]]:
     variables: dict[Any, tf.Variable] = {}
     for layer in flatten_layers(model):
         for variable in layer.variables:
-            variables.setdefault(variable.ref(), variable)
-            called = names.setdefault(variable.ref(), {variable.name, variable.name.split(":")[0]})
+            variables.setdefault(reference_of(variable), variable)
+            called = names.setdefault(
+                reference_of(variable), {variable.name, variable.name.split(":")[0]}
+            )
             if layer is not model:
                 called.add(layer.name)
     for reference, variable in variables.items():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
-from ga_transform._keras import AutoTrackable
+from ga_transform._keras import AutoTrackable, reference_of
 from ga_transform.layouts import SumLayout
 from ga_transform.numerics import Gradient, widened
 from ga_transform.stages.sums import DenseSum, SparseSum
@@ -46,7 +46,7 @@ class Book(AutoTrackable):  # type: ignore[misc]
             Whether a sum that idled in earlier traces does so no more.
         """
         for variable in variables:
-            reference = variable.ref()
+            reference = reference_of(variable)
             if reference in self._sums:
                 continue
             gradient = share.gradients.get(reference)
@@ -104,14 +104,14 @@ class Book(AutoTrackable):  # type: ignore[misc]
         """Make the sums that there are not yet."""
         for position, dtype, is_sparse, is_idle in sums:
             variable = weights[position]
-            if variable.ref() not in self._sums:
+            if reference_of(variable) not in self._sums:
                 self._make_sum(variable, tf.as_dtype(dtype), is_sparse=is_sparse, is_idle=is_idle)
             elif not is_idle:
-                self._idle.discard(variable.ref())
+                self._idle.discard(reference_of(variable))
 
     def state(self, sums: Iterable[SumLayout], weights: Sequence[Any]) -> list[tf.Variable]:
         """The variables in the order of a layout."""
-        stored = [self._sums[weights[each.position].ref()] for each in sums]
+        stored = [self._sums[reference_of(weights[each.position])] for each in sums]
         return [self.weight, *(variable for each in stored for variable in each.state())]
 
     def _make_sum(
@@ -120,6 +120,6 @@ class Book(AutoTrackable):  # type: ignore[misc]
         with tf.init_scope():
             made = (SparseSum if is_sparse else DenseSum)(variable.shape, dtype)
         setattr(self, f"sum_{len(self._sums)}", made)  # checkpointed under this name
-        self._sums[variable.ref()] = made
+        self._sums[reference_of(variable)] = made
         if is_idle:
-            self._idle.add(variable.ref())
+            self._idle.add(reference_of(variable))

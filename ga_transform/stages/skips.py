@@ -52,9 +52,9 @@ class Skips:
         self._left_out.assign_add(1)
 
     @property
-    def has_left_out(self) -> tf.Tensor:
-        """Whether a micro-batch of this window is left out. Shape: scalar, bool."""
-        return self._left_out > 0
+    def left_out(self) -> tf.Tensor:
+        """How many micro-batches of this window are left out. Shape: scalar, int64."""
+        return self._left_out.read_value()
 
     def skip(self) -> None:
         """Count a window whose update is not made."""
@@ -75,7 +75,7 @@ class Skips:
         def made() -> tf.Tensor:
             make()
             if self.leaves_out:
-                tf.cond(self.has_left_out, lambda: _done(self._lower_scale), _nothing)
+                tf.cond(self.left_out > 0, lambda: _done(self._lower_scale), _nothing)
             return tf.constant(0)
 
         tf.cond(all_finite(gradients), made, lambda: _done(self.skip))

@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import tensorflow as tf
 
+from ga_transform._keras import reference_of
 from ga_transform.loss_terms import MEAN
 from ga_transform.numerics import Gradient, added, map_values, widened
 from ga_transform.stages.books import Share
@@ -44,8 +45,9 @@ def make_update(variables: Sequence[tf.Variable], shares: Sequence[Share], updat
             if reference in gradients:
                 gradient = added(gradients[reference], gradient, reference.deref())
             gradients[reference] = gradient
-    handed = {variable.ref(): variable for variable in variables}
-    handed.update((reference, reference.deref()) for reference in gradients)
+    handed = {reference_of(variable): variable for variable in variables}
+    for reference in gradients:
+        handed.setdefault(reference, reference.deref())
     update([gradients.get(reference) for reference in handed], list(handed.values()))
 
 
