@@ -121,6 +121,17 @@ def _mixed_float16():
     return ga.make_accumulating(model, STEPS)
 
 
+def _rewritten():
+    """In float16 and with pooled statistics, of a class of its own; the loss scale moves."""
+    inputs = tf_keras.Input([4])
+    hidden = layers.BatchNormalization(momentum=0.5)(layers.Dense(3, "tanh")(inputs))
+    model = Network(inputs, layers.Dense(1)(hidden))
+    model.compile(optimizers.Adam(0.02), "mse")
+    precision = ga.Precision("mixed_float16", initial_scale=64, growth_steps=2)
+    chain = [precision, ga.BatchNorm("pooled"), ga.Accumulate(STEPS, on_nonfinite="micro_batch")]
+    return ga.make_accumulating(model, transforms=chain, inplace=True)
+
+
 MODELS = {
     "sequential": _sequential,
     "branches": _branches,
@@ -128,6 +139,7 @@ MODELS = {
     "own network": _own_network,
     "own transform": _own_transform,
     "mixed_float16": _mixed_float16,
+    "rewritten": _rewritten,
 }
 
 
