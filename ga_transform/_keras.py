@@ -44,6 +44,7 @@ __all__ = [
     "ending_layers",
     "epoch_of_backup",
     "flatten_layers",
+    "forget_inference",
     "forget_traces",
     "has_functional_init",
     "has_own_code",
@@ -298,6 +299,11 @@ def trained_positions(model: Any) -> list[int]:
     positions = positions_of(model)
     trained = {reference_of(weight) for weight in model.trainable_weights} if positions else set()
     return [position for reference, position in positions.items() if reference in trained]
+
+
+def forget_inference(model: Any) -> None:
+    """Have `evaluate` and `predict` traced anew."""
+    model.test_function = model.predict_function = None
 
 
 def forget_traces(model: Any) -> None:

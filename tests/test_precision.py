@@ -325,6 +325,31 @@ def test_subclassed_models_are_rewritten_in_place(policy, is_built):
     np.testing.assert_array_equal(model(x), reference(x))
 
 
+def test_a_sequential_model_without_inputs_is_rewritten_when_it_is_built():
+    """Its first step tells what its layers are."""
+    model = tf_keras.Sequential([layers.Dense(4, name="first"), layers.Dense(1, name="last")])
+    model.compile("sgd", "mse")
+    ga.make_accumulating(model, 2, precision="mixed_bfloat16", inplace=True)
+    x, y = rows()
+    model.fit(x, y, batch_size=3, verbose=0)
+    found = {each.name: each.after for each in ga.explain(model).layers}
+    assert found == {"first": "mixed_bfloat16", "last": "float32"}
+
+
+def test_what_was_traced_before_does_not_serve_after():
+    """`predict` and `evaluate` are in the precision that the model has, there and back."""
+    model = small()
+    x, y = rows()
+    wide = model.predict(x, verbose=0), model.evaluate(x, y, verbose=0)
+    ga.make_accumulating(model, 2, precision="mixed_bfloat16", inplace=True)
+    half = model.predict(x, verbose=0), model.evaluate(x, y, verbose=0)
+    assert (half[0] != wide[0]).any()
+    assert half[1] != wide[1]
+    ga.strip_accumulating(model, inplace=True)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), wide[0])
+    assert model.evaluate(x, y, verbose=0) == wide[1]
+
+
 class Mixing(tf_keras.Model):
     """Adds a tensor that is always of float32."""
 

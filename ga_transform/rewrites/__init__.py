@@ -56,10 +56,14 @@ def apply_rewrites(chain: Chain, model: Any) -> None:
 
     Before, it is not known which layers there will be, nor which of them end the model.
     """
-    if model.built:
-        for spec in chain:
-            if spec.role == "rewrite":
-                _REWRITES[type(spec)].apply(spec, model)
+    specs = [spec for spec in chain if spec.role == "rewrite"]
+    if not (specs and model.built):
+        return
+    classes = [type(layer) for layer in _keras.flatten_layers(model)]
+    for spec in specs:
+        _REWRITES[type(spec)].apply(spec, model)
+    if classes != [type(layer) for layer in _keras.flatten_layers(model)]:
+        _keras.forget_inference(model)
 
 
 def undo_rewrites(model: Any) -> None:
@@ -68,3 +72,4 @@ def undo_rewrites(model: Any) -> None:
         restore(layer)
     fit_weights(model, [each.layer for each in choices_of(model) if each.before != each.after])
     forget_choices(model)
+    _keras.forget_inference(model)

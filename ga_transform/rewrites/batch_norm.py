@@ -61,7 +61,7 @@ def warn_of_batch_norm(model: Any) -> None:
             "once an update) or 'freeze' (not moved, and normalised by); 'keep' moves them with "
             "each micro-batch.",
             InexactWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

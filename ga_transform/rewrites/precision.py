@@ -67,7 +67,7 @@ def rewrite_precision(spec: Precision, model: Any) -> None:
         reason = reasons[id(layer)]
         after = before if reason else spec.policy
         choices[id(layer)] = Choice(layer, before, after, reason or "")
-        if isinstance(layer, _keras.OpLayer):
+        if isinstance(layer, _keras.OpLayer) and layer.compute_dtype in _CASTABLE:
             stand_before(_CastingOp, layer)  # it may meet tensors of both kinds
         if not reason:
             set_policy(layer, spec.policy)
@@ -141,10 +141,10 @@ class _CastingOp(Rewritten):
         dtype = self._compute_dtype_object  # type: ignore[attr-defined]
 
         def cast(item: Any) -> Any:
-            is_tensor = tf.is_tensor(item) and item.dtype in _CASTABLE
-            return tf.cast(item, dtype) if is_tensor and item.dtype != dtype else item
+            is_cast = tf.is_tensor(item) and item.dtype.name in _CASTABLE and item.dtype != dtype
+            return tf.cast(item, dtype) if is_cast else item
 
         return tf.nest.map_structure(cast, arguments)
 
 
-_CASTABLE = (tf.float16, tf.bfloat16, tf.float32)
+_CASTABLE = ("float16", "bfloat16", "float32")

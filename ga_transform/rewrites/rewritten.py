@@ -17,7 +17,6 @@ from ga_transform import _keras
 __all__ = [
     "Rewritten",
     "as_plain",
-    "plain_class_of_layer",
     "restore",
     "set_policy",
     "stand_before",
@@ -44,6 +43,11 @@ class Rewritten:
         with as_plain([self]):
             return self.get_config()
 
+    @classmethod
+    def from_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain layer."""
+        return _plain_class(cls).from_config(*args, **kwargs)
+
 
 def stand_before(mixin: type[Rewritten], layer: Any) -> None:
     """Put a class before that of a layer, if it does not stand there already."""
@@ -65,18 +69,12 @@ def set_policy(layer: Any, policy: Any) -> None:
     layer._set_dtype_policy(policy)
 
 
-def plain_class_of_layer(layer: Any) -> Any:
-    """The class of a layer, without what stands before it."""
-    made = set(_CLASSES.values())
-    return next(each for each in type(layer).__mro__ if each not in made and not _is_mixin(each))
-
-
 def restore(layer: Any) -> None:
     """Make a layer what it was."""
     if _PLAIN_POLICY in vars(layer):
         layer._set_dtype_policy(vars(layer).pop(_PLAIN_POLICY))
     if isinstance(layer, Rewritten):
-        layer.__class__ = plain_class_of_layer(layer)
+        layer.__class__ = _plain_class(type(layer))
 
 
 @contextlib.contextmanager
@@ -96,6 +94,12 @@ def as_plain(layers: Iterable[Any]) -> Iterator[None]:
             if plain_policy is not None:
                 layer._set_dtype_policy(policy)
                 vars(layer)[_PLAIN_POLICY] = plain_policy
+
+
+def _plain_class(own: type) -> Any:
+    """The class of a layer, without what stands before it."""
+    made = set(_CLASSES.values())
+    return next(each for each in own.__mro__ if each not in made and not _is_mixin(each))
 
 
 def _is_mixin(each: type) -> bool:
