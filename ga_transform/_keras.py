@@ -302,8 +302,10 @@ def trained_positions(model: Any) -> list[int]:
 
 
 def forget_inference(model: Any) -> None:
-    """Have `evaluate` and `predict` traced anew."""
-    model.test_function = model.predict_function = None
+    """Have `evaluate` and `predict` traced anew, of nested models too."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, Model):
+            layer.test_function = layer.predict_function = None
 
 
 def forget_traces(model: Any) -> None:
@@ -505,6 +507,6 @@ def call_symbolically(model: Any) -> None:
     args, kwargs = model.save_spec(dynamic_batch=False)
 
     def call(args: Any, kwargs: Any) -> Any:
-        return model(*args, **kwargs, training=False)
+        return model(*args, **{"training": True, **kwargs})
 
-    tf.function(call, autograph=False).get_concrete_function(args, kwargs)
+    tf.function(call).get_concrete_function(args, kwargs)

@@ -7,15 +7,16 @@ is (1 - r) v1 + r v2, within the parts, plus r (1 - r) d^2, between them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from ga_transform._keras import AutoTrackable, flatten_layers
+from ga_transform._keras import AutoTrackable
 from ga_transform.layouts import PoolLayout
 from ga_transform.numerics import rarely
-from ga_transform.rewrites.batch_norm import PooledBatchNorm, Statistics
+from ga_transform.rewrites.batch_norm import PooledBatchNorm, Statistics, batch_norms_of
 
 __all__ = ["Pools"]
 
@@ -29,6 +30,7 @@ class Pool(AutoTrackable):  # type: ignore[misc]
 
     def __init__(self, layer: Any) -> None:
         self._layer = self._no_dependency(layer)
+        self.pools_between: bool = layer.pools_between
         with tf.init_scope():
             self.elements = tf.Variable(0, trainable=False, dtype=tf.float64)
             self.weight = tf.Variable(0, trainable=False, dtype=tf.float64)
@@ -57,17 +59,16 @@ class Pool(AutoTrackable):  # type: ignore[misc]
         elements, mean, variance = statistics
         finite = tf.reduce_all(tf.math.is_finite(mean) & tf.math.is_finite(variance))
         counts = finite & (elements > 0)
-        momentum = tf.cast(vars(self._layer)["momentum"], tf.float64)
-        if self._layer.pools_between:
+        if self.pools_between:
             decay, gain = tf.ones([], tf.float64), elements
         else:  # as if the moving statistics themselves moved with each micro-batch
-            decay = momentum**share
+            decay = (1.0 - self._gain(tf.float64)) ** share
             gain = tf.maximum(1.0 - decay, 1e-12)  # of a momentum of 1, all weigh alike
         weight = decay * self.weight + gain
         dtype = self.mean.dtype
         ratio = tf.cast(gain / weight, dtype)
         difference = mean - self.mean
-        between = ratio * (1 - ratio) * tf.square(difference) if self._layer.pools_between else 0.0
+        between = ratio * (1 - ratio) * tf.square(difference) if self.pools_between else 0.0
         spread = self.variance + ratio * (variance - self.variance) + between
         changes = [
             (self.elements, self.elements + elements),
@@ -85,10 +86,14 @@ class Pool(AutoTrackable):  # type: ignore[misc]
         holds = self.elements > 0
         of_layer = self.elements / tf.maximum(self.elements - layer.degrees_taken, 1.0)
         found = (self.mean, self.variance * tf.cast(of_layer, dtype))
-        gain = tf.where(holds, 1 - tf.cast(vars(layer)["momentum"], dtype), 0)
+        gain = tf.where(holds, self._gain(dtype), 0)
         for variable, value in zip((layer.moving_mean, layer.moving_variance), found):
             variable.assign_add(gain * (value - variable))
         self.clear()
+
+    def _gain(self, dtype: tf.DType) -> tf.Tensor:
+        """How far one batch moves the statistics, rounded as tf_keras does it. Shape: scalar."""
+        return tf.cast(1.0 - vars(self._layer)["momentum"], dtype)
 
     def clear(self) -> None:
         """Hold nothing."""
@@ -102,7 +107,7 @@ class Pool(AutoTrackable):  # type: ignore[misc]
 
 
 class Key(NamedTuple):
-    """One pass of a layer in a step."""
+    """One pass of a layer in a step: its place among the batch normalisation layers, and which."""
 
     layer: int
     turn: int
@@ -116,19 +121,21 @@ class Pools(AutoTrackable):  # type: ignore[misc]
     """
 
     def __init__(self, model: Any) -> None:
-        layers: list[Any] = [
-            layer for layer in flatten_layers(model) if isinstance(layer, PooledBatchNorm)
-        ]
-        self._layers = self._no_dependency(layers)
-        self._places = self._no_dependency({id(layer): place for place, layer in enumerate(layers)})
+        self._model = self._no_dependency(weakref.ref(model))
         self._pools: dict[Key, Pool] = self._no_dependency({})
-        for layer in layers:
-            if layer.built:
+        self._places: dict[int, int] = self._no_dependency({})
+        for layer in self._layers():
+            if layer.built and self.has(layer):
                 self._of(Key(self._places[id(layer)], 0))
 
     def has(self, layer: Any) -> bool:
         """Whether a layer's statistics are pooled here."""
-        return id(layer) in self._places
+        if id(layer) not in self._places:  # it may have been made, or rewritten, since
+            self._places.update((id(each), place) for place, each in enumerate(self._layers()))
+        return isinstance(layer, PooledBatchNorm) and id(layer) in self._places
+
+    def _layers(self) -> list[Any]:
+        return batch_norms_of(self._model())
 
     def add(self, layer: Any, turn: int, statistics: Statistics, share: tf.Tensor) -> None:
         """Take in what a layer has found in a micro-batch.
@@ -142,7 +149,7 @@ class Pools(AutoTrackable):  # type: ignore[misc]
         self._of(Key(self._places[id(layer)], turn)).add(statistics, share)
 
     def end_batch(self, is_begun: tf.Tensor) -> None:
-        """Move the moving statistics, if no window goes on after this batch.
+        """Move the moving statistics, if no window of any optimizer goes on after this batch.
 
         Args:
             is_begun: Whether one does. Shape: scalar, bool.
@@ -164,24 +171,31 @@ class Pools(AutoTrackable):  # type: ignore[misc]
 
     def layout(self) -> list[PoolLayout]:
         """The pools that hold something."""
-        return [PoolLayout(*key) for key, pool in sorted(self._pools.items()) if not pool.is_empty]
-
-    def takes(self, layouts: Sequence[PoolLayout]) -> bool:
-        """Whether there are layers for all pools of a layout."""
-        return all(each.layer < len(self._layers) for each in layouts)
+        return [
+            PoolLayout(*key, pool.pools_between)
+            for key, pool in sorted(self._pools.items())
+            if not pool.is_empty
+        ]
 
     def arrange(self, layouts: Sequence[PoolLayout]) -> None:
-        """Make the pools of a layout; all others hold nothing."""
+        """Make the pools of a layout that there are layers for; all others hold nothing."""
         self.clear()
-        for each in layouts:
-            self._of(Key(*each))
+        for each in self._fitting(layouts):
+            self._of(Key(each.layer, each.turn))
 
     def state(self, layouts: Sequence[PoolLayout]) -> list[tf.Variable]:
         """The variables in the order of layouts that are arranged."""
-        return [variable for each in layouts for variable in self._of(Key(*each)).state]
+        pools = [self._of(Key(each.layer, each.turn)) for each in self._fitting(layouts)]
+        return [variable for pool in pools for variable in pool.state]
+
+    def _fitting(self, layouts: Sequence[PoolLayout]) -> list[PoolLayout]:
+        """Without those of layers that pool in another way here, or not at all."""
+        layers = dict(enumerate(self._layers()))
+        modes = {place: getattr(layer, "pools_between", None) for place, layer in layers.items()}
+        return [each for each in layouts if modes.get(each.layer) == each.pools_between]
 
     def _of(self, key: Key) -> Pool:
         if key not in self._pools:
-            self._pools[key] = Pool(self._layers[key.layer])
+            self._pools[key] = Pool(self._layers()[key.layer])
             setattr(self, f"pool_{key.layer}_{key.turn}", self._pools[key])  # in checkpoints
         return self._pools[key]

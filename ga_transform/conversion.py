@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional, TypeVar, Union
 
-import tensorflow as tf
 import tf_keras
 
 from ga_transform import (
@@ -317,20 +316,32 @@ def _check_precisions_agree(model: Any, chain: Chain) -> None:
         return
     try:
         _keras.call_symbolically(model)
-    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+    except Exception as error:  # whatever the user's own code raises
         become_plain(model)
+        if not _can_be_called(model):  # which has nothing to do with precision
+            become_accumulating(model, chain)
+            return
         raise ValueError(
             f"{chain.find(Precision)} must be given a model whose own code takes tensors of 16 "
-            f"bits; got {model.name!r}, which raises: {_core_of(str(error))} Cast them there, or "
+            f"bits; got {model.name!r}, which raises: {_core_of(error)} Cast them there, or "
             "name its layers in Precision(keep=...)."
         ) from error
 
 
-def _core_of(text: str) -> str:
-    """What an error in a model's code says, without the way there."""
-    lines = [line.strip() for line in text.splitlines()]
-    told = [line for line in lines if re.match(r"\w*Error: |.*Op has type|cannot compute", line)]
-    return (told or lines)[-1]
+def _can_be_called(model: Any) -> bool:
+    try:
+        _keras.call_symbolically(model)
+    except Exception:  # noqa: BLE001  (whatever the user's own code raises)
+        return False
+    return True
+
+
+def _core_of(error: Exception) -> str:
+    """What an error in a model's code says, on one line, without the way there."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if re.match(r"\w+(Error|Exception)\b", line)]
+    text = next((line for line in [*told[::-1], *lines] if line), "")
+    return f"{text.rstrip('. ')}." if text else f"{type(error).__name__}."
 
 
 def _warn_of_taken_names(model: Any) -> None:

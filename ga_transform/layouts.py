@@ -110,15 +110,18 @@ class OptimizerLayout(NamedTuple):
 class PoolLayout(NamedTuple):
     """The pooled statistics of one pass through a batch normalisation layer."""
 
-    #: Among the layers that pool theirs.
+    #: Among the batch normalisation layers.
     layer: int
     #: How many passes through it are before this in a step.
     turn: int
+    #: Whether its variance is the total one.
+    pools_between: bool
 
     @classmethod
     def read(cls, config: Any) -> PoolLayout:
         """From JSON's types, checked."""
-        return cls(*_list(config, _count, 2))
+        layer, turn, pools_between = _list(config, _as_it_is, 3)
+        return cls(_count(layer), _count(turn), _flag(pools_between))
 
 
 class StateLayout(NamedTuple):

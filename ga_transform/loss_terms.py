@@ -28,6 +28,7 @@ __all__ = [
     "record_losses",
     "stop_recording",
     "total_of",
+    "widened_outputs",
 ]
 
 #: A mean over elements: micro-batches are weighted by their counts, and divided by their sum.
@@ -105,6 +106,8 @@ def record_losses(
     container: Any,
     note: Callable[[LossTerm], None],
     withhold: Optional[Callable[[LossCall], None]] = None,
+    *,
+    widens: bool = False,
 ) -> Iterator[None]:
     """Hear of the terms of every call of a compiled loss, which itself runs as ever.
 
@@ -112,6 +115,7 @@ def record_losses(
         container: `model.compiled_loss`; None has no terms.
         note: Is called with each term.
         withhold: Is called with each call, and sees to it that the loss's metrics are told.
+        widens: Whether outputs in 16 bits are given to it in float32.
     """
     if type(container) is _keras.LossesContainer:
         container.__class__ = _RecordedLosses
@@ -119,20 +123,20 @@ def record_losses(
     if not recorded:
         yield
         return
-    earlier = container._note, container._withhold
-    container._note, container._withhold = note, withhold
+    earlier = container._note, container._withhold, container._widens
+    container._note, container._withhold, container._widens = note, withhold, widens
     try:
         yield
     finally:
-        container._note, container._withhold = earlier
+        container._note, container._withhold, container._widens = earlier
 
 
 def stop_recording(container: Any) -> None:
     """Make a compiled loss what it was before it was first recorded."""
     if isinstance(container, _RecordedLosses):
         container.__class__ = _keras.LossesContainer
-        container.__dict__.pop("_note", None)
-        container.__dict__.pop("_withhold", None)
+        for name in ("_note", "_withhold", "_widens"):
+            container.__dict__.pop(name, None)
 
 
 class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
@@ -140,6 +144,7 @@ class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
 
     _note: Optional[Callable[[LossTerm], None]] = None
     _withhold: Optional[Callable[[LossCall], None]] = None
+    _widens = False
     _losses: Any
     _per_output_metrics: Any
     _total_loss_mean: Any
@@ -153,6 +158,8 @@ class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
     ) -> Any:
         if self._note is None:
             return super().__call__(y_true, y_pred, sample_weight, regularization_losses)
+        if self._widens:
+            y_pred = widened_outputs(y_pred)
         if not self._built:
             self.build(y_pred)
         terms = list[LossTerm]()  # AutoGraph refuses annotations of what a function changes
@@ -292,6 +299,21 @@ def disagreeing(terms: list[LossTerm], has_activation_losses: bool) -> list[str]
     if len(parts) < 2 or (len(extents) == 1 and None not in extents):
         return []
     return list(dict.fromkeys(name for name, _ in parts))
+
+
+def widened_outputs(y_pred: Any) -> Any:
+    """Outputs of a model, those of 16 bits in float32: a loss takes sums and exponents of them."""
+
+    def widened(output: Any) -> Any:
+        if not tf.is_tensor(output) or output.dtype not in (tf.float16, tf.bfloat16):
+            return output
+        wide = tf.cast(output, tf.float32)
+        mask = getattr(output, "_keras_mask", None)
+        if mask is not None:
+            wide._keras_mask = mask
+        return wide
+
+    return tf.nest.map_structure(widened, y_pred)
 
 
 def total_of(losses: list[tf.Tensor]) -> tf.Tensor:

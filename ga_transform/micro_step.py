@@ -17,9 +17,10 @@ from ga_transform import _graphs, _keras
 from ga_transform.diversion import divert, running
 from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
-from ga_transform.numerics import Gradient, added, map_values, values_of, widened
+from ga_transform.numerics import Gradient, added, all_finite, map_values, values_of, widened
 from ga_transform.rewrites.batch_norm import Statistics
 from ga_transform.rewrites.loss_scale import has_scaled, is_in_float16
+from ga_transform.specs import Precision
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Window
 from ga_transform.stages.books import Share
@@ -101,7 +102,12 @@ class MicroStep:
         if self._slice is not None:
             self._slice.publish_share()
         withhold = None if self._slice is None else self._slice.withhold
-        recording = record_losses(self.model.compiled_loss, self._weighting.note, withhold)
+        recording = record_losses(
+            self.model.compiled_loss,
+            self._weighting.note,
+            withhold,
+            widens=self._windows.chain.find(Precision) is not None,
+        )
         self._scope.enter_context(recording)
         self._scope.enter_context(running(self))
         return self
@@ -216,12 +222,7 @@ class MicroStep:
             relative = window.relative(weight, self._slice_index())
         else:
             weight, relative = self._weighed_by
-        gradients = apply_stages(
-            self._windows.chain.micro_batch_stages,
-            [gradient for gradient, _ in pairs if gradient is not None],
-            present,
-            self.model,
-        )
+        gradients = self._staged([g for g, _ in pairs if g is not None], present)
         if kind == MEAN and self._weighed_by is None and not window.is_single:
             gradients = [_times(gradient, relative) for gradient in gradients]
         handed = Handed(optimizer, turn, [variable for _, variable in pairs], args, kwargs)
@@ -237,6 +238,16 @@ class MicroStep:
             self._held.shares.append(share)
             self._held.add = add
         return getattr(optimizer, "iterations", None)
+
+    def _staged(self, gradients: list[Gradient], variables: list[tf.Variable]) -> list[Gradient]:
+        """What the stages before `Accumulate` make of a micro-batch's gradients."""
+        stages = self._windows.chain.micro_batch_stages
+        staged = apply_stages(stages, gradients, variables, self.model)
+        if not (stages and gradients):
+            return staged
+        # What is not finite stays so, whatever a clip makes of it: a window skips it.
+        blemish = tf.where(all_finite(gradients), 0.0, float("nan"))
+        return [map_values(lambda v: v + tf.cast(blemish, v.dtype), each) for each in staged]
 
     def _add(self, window: Window, handed: Handed, shares: list[Share], weight: tf.Tensor) -> None:
         """Store a micro-batch, and make the update if its window ends with the batch."""

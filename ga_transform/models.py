@@ -19,7 +19,7 @@ from ga_transform.errors import wrong_type
 from ga_transform.loss_terms import stop_recording
 from ga_transform.neighbours import WRITERS_OF_CLASS
 from ga_transform.persistence import Persistent
-from ga_transform.rewrites import apply_rewrites, undo_rewrites
+from ga_transform.rewrites import apply_rewrites, build_for_plain, undo_rewrites
 from ga_transform.rewrites.loss_scale import (
     is_wrapped,
     mark_as_wrapped,
@@ -161,6 +161,7 @@ def become_accumulating(model: Any, chain: Chain) -> None:
     _set_chain(model, chain)
     apply_rewrites(chain, model)
     scale_losses(model, chain)
+    build_for_plain(model)
     for name in _OWN_METHODS:
         if name in vars(model):  # set on the object, where it would hide that of the class
             method = vars(model)[name]

@@ -27,8 +27,9 @@ from ga_transform import _keras
 from ga_transform.chain import Chain
 from ga_transform.classes import as_plain, as_registered
 from ga_transform.optimizer_state import beside_lists, is_legacy, state_of
-from ga_transform.rewrites import apply_rewrites
-from ga_transform.rewrites.loss_scale import scale_losses
+from ga_transform.rewrites import apply_rewrites, build_for_plain
+from ga_transform.rewrites.loss_scale import forget_wrapper, scale_losses
+from ga_transform.rewrites.rewritten import as_plain as as_plain_layers
 from ga_transform.snapshot import Snapshot, put_back, take_snapshot
 from ga_transform.windows import Windows
 
@@ -49,21 +50,24 @@ class Persistent:
     @functools.wraps(_keras.Model.compile)
     def compile(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102  (it is that of `wraps`)
         super().compile(*args, **kwargs)  # type: ignore[misc]
-        self._scale_losses()
+        if not kwargs.get("from_serialized", False):
+            forget_wrapper(self)
+        self._prepare_optimizers()
         # Loaders of HDF5 and SavedModel compile a model when its weights are in place.
         self._resume(kwargs.get("from_serialized", False))
 
     def compile_from_config(self, config: Any) -> None:
         """As the plain model does, whose `compile` is not overridden."""
-        with as_plain(self):
+        with as_plain(self), as_plain_layers(_keras.flatten_layers(self)):
             self.compile_from_config(config)
         apply_rewrites(self._accumulating_chain, self)  # it is built by now
         if self._is_compiled:
-            self._scale_losses()
+            self._prepare_optimizers()
             self._open_windows()
 
-    def _scale_losses(self) -> None:
+    def _prepare_optimizers(self) -> None:
         scale_losses(self, self._accumulating_chain)
+        build_for_plain(self)
 
     def _kept_micro_batches(self) -> int:
         """The pending micro-batches of what was read, and waits for `compile`."""

@@ -11,7 +11,7 @@ from ga_transform.errors import wrong_type
 from ga_transform.models import AccumulatingModel
 from ga_transform.rewrites.batch_norm import batch_norms_of
 from ga_transform.rewrites.precision import choices_of
-from ga_transform.specs import BatchNorm
+from ga_transform.specs import BatchNorm, Precision
 
 __all__ = ["Explanation", "LayerPrecision", "explain"]
 
@@ -70,6 +70,8 @@ class Explanation:
                 "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()
                 for row in rows
             ]
+        elif self.chain.find(Precision) is not None:
+            lines.append("\nPrecision: layers change in the first training step, which builds them")
         if self.batch_norms:
             lines.append(
                 f"\nBatch normalisation: in training by each micro-batch's own statistics; moving "

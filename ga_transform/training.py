@@ -25,8 +25,9 @@ from tf_keras import callbacks as keras_callbacks
 from ga_transform import _graphs, _keras
 from ga_transform.chain import Chain
 from ga_transform.diversion import current_step
+from ga_transform.loss_terms import widened_outputs
 from ga_transform.micro_step import MicroStep
-from ga_transform.rewrites import apply_rewrites
+from ga_transform.rewrites import apply_rewrites, build_for_plain
 from ga_transform.specs import Accumulate, Precision, Split
 from ga_transform.split import Slice, train_in_slices
 from ga_transform.windows import Windows
@@ -82,6 +83,7 @@ class Accumulating:
     def _rewrite(self) -> bool:
         """Rewrite the layers that there are; whether the chain rewrites any."""
         apply_rewrites(self._accumulating_chain, self)
+        build_for_plain(self)
         return any(spec.role == "rewrite" for spec in self._accumulating_chain)
 
     def _step(self, windows: Windows, args: Any, kwargs: Any) -> Any:
@@ -258,21 +260,11 @@ class Accumulating:
 
 
 def _with_wide_outputs(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of `compute_loss`, with outputs in 16 bits in float32, as losses want them."""
-
-    def wide(output: Any) -> Any:
-        if not tf.is_tensor(output) or output.dtype not in (tf.float16, tf.bfloat16):
-            return output
-        widened = tf.cast(output, tf.float32)
-        mask = getattr(output, "_keras_mask", None)
-        if mask is not None:
-            widened._keras_mask = mask
-        return widened
-
+    """The arguments of `compute_loss`, with outputs as losses want them."""
     if len(args) > 2:
-        args = (*args[:2], tf.nest.map_structure(wide, args[2]), *args[3:])
+        args = (*args[:2], widened_outputs(args[2]), *args[3:])
     elif kwargs.get("y_pred") is not None:
-        kwargs = {**kwargs, "y_pred": tf.nest.map_structure(wide, kwargs["y_pred"])}
+        kwargs = {**kwargs, "y_pred": widened_outputs(kwargs["y_pred"])}
     return args, kwargs
 
 

@@ -83,6 +83,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         self.written_layout = _Layout(self)  # checkpointed under this name
         optimizers = _keras.optimizers_of(model)
         self._optimizers = frozenset(map(id, optimizers))
+        self._first = self._no_dependency(optimizers[0] if optimizers else None)
         for optimizer in optimizers:
             mend_wrapper(optimizer)
             self.open(optimizer)
@@ -138,11 +139,9 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
     def share_of_batch(self) -> tf.Tensor:
         """Of a window of the model's first optimizer, what a batch is. Shape: scalar, float64."""
-        optimizers = _keras.optimizers_of(self._model())
-        steps = tf.constant(1, tf.int64)
-        if optimizers:
-            iterations = getattr(optimizers[0], "iterations", None)
-            steps = self.open(optimizers[0]).steps_at(iterations)
+        if self._first is None:
+            return tf.ones([], tf.float64)
+        steps = self.open(self._first).steps_at(getattr(self._first, "iterations", None))
         return 1.0 / tf.cast(steps, tf.float64)
 
     def end_statistics(self) -> None:
@@ -367,7 +366,6 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             and (not begun or layout.trained == _keras.trained_positions(model))
             and (not begun or self.accumulate.steps != 1)
             and (not begun or layout.is_split == self._is_split)
-            and self.pools.takes(layout.pools)
         )
 
     def arrange(self, layout: StateLayout) -> None:

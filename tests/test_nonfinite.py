@@ -120,6 +120,21 @@ def test_a_poisoned_partial_window_is_skipped_by_flush():
 
 
 @pytest.mark.parametrize("on_nonfinite", ["window", "micro_batch"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_clip_of_micro_batches_hides_nothing(on_nonfinite, steps):
+    """What was infinite is so after a clip that makes it finite, and costs what it costs."""
+    chain = [ga.ClipByValue(1.0), ga.Accumulate(steps, on_nonfinite=on_nonfinite)]
+    model = ga.make_accumulating(model_of(), transforms=chain)
+    before = model.get_weights()
+    x, y = np.ones([2, 4], "float32"), np.ones([2, 2], "float32")
+    for _ in range(steps):
+        model.train_on_batch(x, 3e38 * y)
+    assert model.skipped_windows == 1
+    for ours, theirs in zip(model.get_weights(), before):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["window", "micro_batch"])
 def test_slices_of_a_table_are_judged_too(on_nonfinite):
     """An infinite row of a sparse gradient costs what one of a dense gradient does."""
     model = tf_keras.Sequential(

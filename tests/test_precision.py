@@ -10,6 +10,7 @@ import tf_keras
 from tf_keras import layers
 
 import ga_transform as ga
+from ga_transform.models import AccumulatingModel
 
 HALF = ["mixed_float16", "mixed_bfloat16"]
 LossScaleOptimizer = tf_keras.mixed_precision.LossScaleOptimizer
@@ -380,6 +381,86 @@ def test_a_model_whose_code_mixes_precisions_is_refused_and_left_as_it_was():
     model.fit(x, y, verbose=0)
 
 
+class Choosing(layers.Layer):
+    """Its code is converted by AutoGraph."""
+
+    def call(self, x):
+        if tf.reduce_mean(x) > 0:
+            return x * 2
+        return x
+
+
+class Asserting(layers.Layer):
+    """Takes float32, and raises what it likes."""
+
+    def call(self, x, training=None):
+        assert not training or x.dtype == tf.float32
+        return x
+
+
+def test_code_of_ones_own_is_tried_as_it_trains():
+    """What AutoGraph converts is no error; what fails only in training is, of whatever type."""
+    x, y = rows()
+    for kind in (Choosing, Asserting):
+        inputs = tf_keras.Input([4])
+        hidden = kind(name="own")(layers.Dense(4, name="first")(inputs))
+        model = tf_keras.Model(inputs, layers.Dense(1)(hidden))
+        model.compile("sgd", "mse")
+        if kind is Choosing:
+            ga.make_accumulating(model, 2, precision="mixed_bfloat16", inplace=True)
+        else:
+            with pytest.raises(ValueError, match=r"^Precision.* raises: AssertionError.*keep="):
+                ga.make_accumulating(model, 2, precision="mixed_float16", inplace=True)
+            assert not isinstance(model, AccumulatingModel)
+            assert type(model.optimizer) is tf_keras.optimizers.SGD
+            assert model.layers[1].dtype_policy.name == "float32"
+            keep = ga.Precision("mixed_float16", keep="own")
+            ga.make_accumulating(model, 2, precision=keep, inplace=True)
+        model.fit(x, y, batch_size=3, verbose=0)
+        assert np.isfinite(model.get_weights()[0]).all()
+
+
+def test_losses_see_float32_whatever_ends_a_model():
+    """Also where a step of the model's own hands its outputs to the compiled loss."""
+
+    class HeadFirst(tf_keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = layers.Dense(1), layers.Dense(8)
+
+        def call(self, x):
+            return self.head(self.body(x))
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = self.compiled_loss(y, self(x, training=True))
+            self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+            return {"loss": loss}
+
+    model = HeadFirst()
+    model.compile("sgd", "mse")
+    model(np.ones([1, 4]))
+    ga.make_accumulating(model, 2, precision="mixed_float16", inplace=True)
+    x, y = rows(4)
+    loss = model.train_on_batch(x, 300 + y)
+    np.testing.assert_allclose(loss, 300**2, rtol=0.05)  # float16 ends at 65,504
+
+
+def test_nested_models_predict_in_the_precision_that_they_have():
+    """What a nested model has traced goes with the rewrite, there and back."""
+    base = tf_keras.Sequential([tf_keras.Input([4]), layers.Dense(3)])
+    inputs = tf_keras.Input([4])
+    model = tf_keras.Model(inputs, layers.Dense(1)(base(inputs)))
+    x, _ = rows()
+    dtypes = [base.predict(x, verbose=0).dtype.name]
+    ga.make_accumulating(model, precision="mixed_float16", inplace=True)
+    dtypes.append(base.predict(x, verbose=0).dtype.name)
+    ga.strip_accumulating(model, inplace=True)
+    dtypes.append(base.predict(x, verbose=0).dtype.name)
+    assert dtypes == ["float32", "float16", "float32"]
+
+
 class Shared(layers.Layer):
     """Reads the weights of another layer, and keeps some of its own in a list."""
 
@@ -450,6 +531,9 @@ def test_an_optimizer_that_is_wrapped_is_respected(make):
     assert float(model.optimizer.loss_scale) == 16.0
     assert not isinstance(model.optimizer.inner_optimizer, LossScaleOptimizer)
     assert isinstance(ga.strip_accumulating(model).optimizer, LossScaleOptimizer)
+    ours = ga.make_accumulating(small(make(0.1)), 2, precision="mixed_float16")
+    ours.compile(LossScaleOptimizer(make(0.1), initial_scale=16.0), "mse")
+    assert isinstance(ga.strip_accumulating(ours).optimizer, LossScaleOptimizer)
     ours = ga.make_accumulating(small(make(0.1)), 2, precision="mixed_float16")
     assert type(ga.strip_accumulating(ours).optimizer) is make
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ga_transform import _keras
 from ga_transform.chain import Chain
+from ga_transform.optimizer_state import build_for
 from ga_transform.rewrites.autocast import fit_weights
 from ga_transform.rewrites.batch_norm import check_batch_norm, rewrite_batch_norm
 from ga_transform.rewrites.precision import (
@@ -19,10 +20,10 @@ from ga_transform.rewrites.precision import (
     forget_choices,
     rewrite_precision,
 )
-from ga_transform.rewrites.rewritten import restore
+from ga_transform.rewrites.rewritten import as_plain, restore
 from ga_transform.specs import BatchNorm, Precision
 
-__all__ = ["apply_rewrites", "check_rewrites", "undo_rewrites"]
+__all__ = ["apply_rewrites", "build_for_plain", "check_rewrites", "undo_rewrites"]
 
 
 class _Rewrite(NamedTuple):
@@ -52,18 +53,32 @@ def check_rewrites(chain: Chain, model: Any) -> None:
 
 
 def apply_rewrites(chain: Chain, model: Any) -> None:
-    """Rewrite the layers of a model that is built; those that are rewritten stay as they are.
-
-    Before, it is not known which layers there will be, nor which of them end the model.
-    """
+    """Rewrite the layers of a model; those that are rewritten already stay as they are."""
     specs = [spec for spec in chain if spec.role == "rewrite"]
-    if not (specs and model.built):
+    if not specs:
         return
     classes = [type(layer) for layer in _keras.flatten_layers(model)]
     for spec in specs:
         _REWRITES[type(spec)].apply(spec, model)
     if classes != [type(layer) for layer in _keras.flatten_layers(model)]:
         _keras.forget_inference(model)
+
+
+def build_for_plain(model: Any) -> None:
+    """Have the compiled optimizer make slots for what the plain model trains, if it has none yet.
+
+    What a rewrite rests (gamma and beta) trains again on the way back, and in a file the plain
+    model's slots are expected.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if not (model._is_compiled and model.built and _keras.is_of_keras(optimizer)):
+        return
+    layers = _keras.flatten_layers(model)
+    trained = len(model.trainable_weights)
+    with as_plain(layers):
+        variables = list(model.trainable_weights)
+    if trained != len(variables):
+        build_for(optimizer, variables)
 
 
 def undo_rewrites(model: Any) -> None:

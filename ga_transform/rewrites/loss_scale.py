@@ -15,6 +15,7 @@ from ga_transform.chain import Chain
 from ga_transform.specs import Precision
 
 __all__ = [
+    "forget_wrapper",
     "hand_on_scaling",
     "has_scaled",
     "is_in_float16",
@@ -69,6 +70,11 @@ def has_scaled(optimizer: Any) -> bool:
     return is_scaled(optimizer) and optimizer._loss_has_been_scaled
 
 
+def forget_wrapper(model: Any) -> None:
+    """Note that no wrapper of a model's optimizer is ours."""
+    vars(model).pop(_WRAPPED, None)
+
+
 def hand_on_scaling(model: Any, copy: Any) -> None:
     """Have a copy of a model know whose its wrapper is."""
     if is_wrapped(model):
@@ -95,7 +101,8 @@ def undo_scaling(model: Any) -> None:
         inner._is_wrapped_by_loss_scale_optimizer = False
         return inner
 
-    if vars(model).pop(_WRAPPED, False):
+    if is_wrapped(model):
+        forget_wrapper(model)
         model.optimizer = tf.nest.map_structure(unwrap, model.optimizer)
         _keras.replace_in_compile_config(model, model.optimizer)
 

@@ -54,8 +54,12 @@ def check_precision(spec: Precision, model: Any) -> None:
 def rewrite_precision(spec: Precision, model: Any) -> None:
     """Give the policy to every layer that has none of its own, and is safe in it.
 
-    Called again, it does the same for layers that have been made since.
+    Called again, it does the same for layers that have been made since. Before a model is built, it
+    is not known which layers there will be, nor which of them end it.
     """
+    if not model.built:
+        return
+    check_precision(spec, model)
     choices: dict[int, Choice] = vars(model).setdefault(_CHOICES, {})
     layers = [layer for layer in _computing_layers(model) if id(layer) not in choices]
     if not layers:
