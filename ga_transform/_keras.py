@@ -70,6 +70,7 @@ __all__ = [
     "tracing_once",
     "trained_positions",
     "unpack_x_y_sample_weight",
+    "untrack",
     "variable_key",
     "weight_losses",
     "weights_in_containers",
@@ -484,6 +485,13 @@ def retrack(layer: Any, fitting: Mapping[int, Any]) -> None:
     for name, held in list(getattr(layer, "_unconditional_dependency_names", {}).items()):
         if id(held) in fitting:
             layer._track_trackable(fitting[id(held)], name=name, overwrite=True)
+
+
+def untrack(holder: Any, name: str) -> None:
+    """Have checkpoints of an object leave out what it tracks under a name."""
+    if holder._unconditional_dependency_names.pop(name, None) is not None:
+        references = holder._unconditional_checkpoint_dependencies
+        references[:] = [each for each in references if each.name != name]
 
 
 def replace_in_compile_config(model: Any, optimizer: Any) -> None:

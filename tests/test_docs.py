@@ -38,18 +38,55 @@ def test_the_quickstart_ends_with_the_same_weights(tmp_path):
     assert all(float(row[3]) < 1e-5 for row in rows)
 
 
+def check_own_transform(output):
+    last_line = "Chain(Accumulate(steps=4) -> Centralize() -> ClipByGlobalNorm(max_norm=5.0))"
+    assert output.splitlines()[-1] == last_line
+
+
+def check_batch_norm(output):
+    """Pooled statistics, and frozen weights, are those of the large batch; others are not."""
+    rows = re.findall(r"^(\S.*\S) +(\d+) +([\d.]+) +([\d.]+) +(\S+)$", output, re.MULTILINE)
+    updates = {name: int(count) for name, count, *_ in rows}
+    difference = {name: float(row[-1]) for name, *row in rows[:5]}
+    assert updates.pop("plain, batch 8") == 180
+    assert updates.pop("not fine-tuned") == 0
+    assert len(updates) == 7
+    assert set(updates.values()) == {12}
+    assert difference["converted, pooled"] < 1e-6
+    assert difference["converted, momentum"] > 1e-3
+    assert difference["converted, keep"] == difference["plain, batch 8"] > 0.1
+    from_frozen = {name: float(row[-1]) for name, *row in rows[5:]}
+    assert from_frozen["converted, freeze, not trainable"] < 1e-5
+    assert min(from_frozen["converted, freeze"], from_frozen["converted, pooled"]) > 1e-3
+
+
+def check_mixed_precision(output):
+    """All precisions make as many updates and learn as much; float16 scales its loss."""
+    rows = re.findall(
+        r"^(\w+) +(\d+) +(\d+) +([\d.]+) \+- [\d.]+ +([\d.]+) \+-", output, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == ["float32", "float16", "bfloat16"]
+    assert all(row[1:3] == ("36", "0") for row in rows)
+    accuracies, losses = ([float(row[column]) for row in rows] for column in (3, 4))
+    assert min(accuracies) > 0.8
+    assert len(set(losses)) == 3
+    assert max(losses) - min(losses) < 0.1
+    # 36 updates, and the scale grows after 25.
+    assert "at the end, from 32768 on: 65536\n" in output
+    assert "MaxPooling2D float16, Flatten float16, Dense float16, Dense float32\n" in output
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("example", "last_line"),
+    ("example", "arguments", "check"),
     [
-        (
-            "own_transform",
-            "Chain(Accumulate(steps=4) -> Centralize() -> ClipByGlobalNorm(max_norm=5.0))",
-        )
+        ("own_transform", [], check_own_transform),
+        ("batch_norm", ["--epochs", "1"], check_batch_norm),
+        ("mixed_precision", ["--epochs", "3", "--seeds", "1"], check_mixed_precision),
     ],
 )
-def test_the_examples_run(example, last_line, tmp_path):
-    """Each example runs and ends with what it promises."""
-    done = run([str(ROOT / "examples" / f"{example}.py")], tmp_path)
+def test_the_examples_run(example, arguments, check, tmp_path):
+    """Each example runs and prints what it promises."""
+    done = run([str(ROOT / "examples" / f"{example}.py"), *arguments], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == last_line
+    check(done.stdout)

@@ -99,6 +99,7 @@ def undo_scaling(model: Any) -> None:
             return optimizer
         inner = optimizer.inner_optimizer
         inner._is_wrapped_by_loss_scale_optimizer = False
+        _keras.untrack(inner, "loss_scale")  # the wrapper tracks its scale there
         return inner
 
     if is_wrapped(model):
