@@ -32,8 +32,9 @@ class Pool(AutoTrackable):  # type: ignore[misc]
         self._layer = self._no_dependency(layer)
         self.pools_between: bool = layer.pools_between
         with tf.init_scope():
-            self.elements = tf.Variable(0, trainable=False, dtype=tf.float64)
-            self.weight = tf.Variable(0, trainable=False, dtype=tf.float64)
+            nothing = tf.zeros(layer.moving_mean.shape, tf.float64)
+            self.elements = tf.Variable(nothing, trainable=False)
+            self.weight = tf.Variable(nothing, trainable=False)
             empty = tf.zeros(layer.moving_mean.shape, layer.moving_mean.dtype)
             self.mean = tf.Variable(empty, trainable=False)
             self.variance = tf.Variable(empty, trainable=False)
@@ -47,7 +48,7 @@ class Pool(AutoTrackable):  # type: ignore[misc]
     def is_empty(self) -> bool:
         """Whether there is nothing in it, also while a function is traced."""
         with tf.init_scope():
-            return not self.elements.numpy()
+            return not self.elements.numpy().any()
 
     def add(self, statistics: Statistics, share: tf.Tensor) -> None:
         """Take in the statistics of a micro-batch.
@@ -57,8 +58,9 @@ class Pool(AutoTrackable):  # type: ignore[misc]
             share: Of a whole window, what the micro-batch is. Shape: scalar, float64.
         """
         elements, mean, variance = statistics
-        finite = tf.reduce_all(tf.math.is_finite(mean) & tf.math.is_finite(variance))
-        counts = finite & (elements > 0)
+        counts = elements > 0
+        finite = tf.math.is_finite(mean) & tf.math.is_finite(variance)
+        counts &= tf.reduce_all(finite | ~counts)  # of no elements, a mean is 0 / 0
         if self.pools_between:
             decay, gain = tf.ones([], tf.float64), elements
         else:  # as if the moving statistics themselves moved with each micro-batch
@@ -97,8 +99,7 @@ class Pool(AutoTrackable):  # type: ignore[misc]
 
     def clear(self) -> None:
         """Hold nothing."""
-        self.elements.assign(0)
-        for variable in (self.weight, self.mean, self.variance):
+        for variable in self.state:
             variable.assign(tf.zeros_like(variable))
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
@@ -124,9 +125,7 @@ class Pools(AutoTrackable):  # type: ignore[misc]
         self._model = self._no_dependency(weakref.ref(model))
         self._pools: dict[Key, Pool] = self._no_dependency({})
         self._places: dict[int, int] = self._no_dependency({})
-        for layer in self._layers():
-            if layer.built and self.has(layer):
-                self._of(Key(self._places[id(layer)], 0))
+        self.prepare()
 
     def has(self, layer: Any) -> bool:
         """Whether a layer's statistics are pooled here."""
@@ -147,6 +146,21 @@ class Pools(AutoTrackable):  # type: ignore[misc]
             share: As in `Pool.add`.
         """
         self._of(Key(self._places[id(layer)], turn)).add(statistics, share)
+
+    def prepare(self) -> None:
+        """Make a pool for each layer that is built, while a first trace may make variables."""
+        for layer in self._layers():
+            if layer.built and self.has(layer):
+                self._of(Key(self._places[id(layer)], 0))
+
+    def begin_batch(self, is_begun: tf.Tensor) -> None:
+        """Forget what a batch that failed has left, if no window goes on with this one.
+
+        Args:
+            is_begun: Whether one does. Shape: scalar, bool.
+        """
+        if self._pools:
+            rarely(~is_begun, self.clear)
 
     def end_batch(self, is_begun: tf.Tensor) -> None:
         """Move the moving statistics, if no window of any optimizer goes on after this batch.

@@ -68,6 +68,8 @@ class Accumulating:
         Returns:
             What the model's own `train_step` returns.
         """
+        if tf.executing_eagerly():
+            self._build_ahead(args)
         self._rewrite()  # layers that were made since
         windows = self._open_windows()
         if tf.executing_eagerly():
@@ -76,9 +78,24 @@ class Accumulating:
         with _keras.tracing_once(_keras.optimizers_within(self)):
             logs = self._step(windows, args, kwargs)
         is_rewritten = not is_built and self._rewrite()
+        windows.pools.prepare()
         if is_rewritten or _keras.count_parts(self) > parts:
             _graphs.trace_again()  # with what the step has made in view from its beginning
         return logs
+
+    def _build_ahead(self, args: Any) -> None:
+        """Have the layers that a first eager step makes be there before it, to be rewritten."""
+        has_rewrites = any(spec.role == "rewrite" for spec in self._accumulating_chain)
+        if self.built or not has_rewrites or not self._has_usual_step():  # type: ignore[attr-defined]
+            return
+        self(_keras.unpack_x_y_sample_weight(args[0])[0])  # type: ignore[operator]
+        self._open_windows().pools.prepare()
+
+    def _has_usual_step(self) -> bool:
+        """Whether `train_step` is tf_keras's own."""
+        return "_own_train_step" not in vars(self) and _keras.is_keras_own(
+            self, Accumulating, "train_step"
+        )
 
     def _rewrite(self) -> bool:
         """Rewrite the layers that there are; whether the chain rewrites any."""
@@ -105,9 +122,7 @@ class Accumulating:
         self, windows: Windows, args: Any, kwargs: Any, slice_: Optional[Slice] = None
     ) -> Any:
         own_step: Any = vars(self).get("_own_train_step", super().train_step)  # type: ignore[misc]
-        usual_step = "_own_train_step" not in vars(self) and _keras.is_keras_own(
-            self, Accumulating, "train_step"
-        )
+        usual_step = self._has_usual_step()
         usual_loss = _keras.is_keras_own(self, Accumulating, "compute_loss")
         given = (*args, *kwargs.values())
         data = given[0] if len(given) == 1 else given

@@ -231,8 +231,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         """Prepare for the slices of a batch."""
         for window in self._windows.values():
             window.begin_batch()
-        if self.accumulate.steps == 1:
-            self.pools.clear()
+        self.pools.begin_batch(self.is_begun())
 
     def end_batch(self, handed: Handed) -> None:
         """Make the update of a window, if it ends with this batch."""

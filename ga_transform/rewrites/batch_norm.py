@@ -36,7 +36,7 @@ _threads = threading.local()
 class Statistics(NamedTuple):
     """Of the rows of one pass through a layer."""
 
-    #: How many numbers the mean is of; 0 where the layer does not train. Shape: scalar.
+    #: How many numbers the mean is of; 0 where the layer does not train. Shape: as the mean.
     elements: tf.Tensor
     #: Shape: as the layer's moving mean.
     mean: tf.Tensor
@@ -93,18 +93,15 @@ class PooledBatchNorm(Rewritten):
     #: Whether the pool's variance is the total one, or the mean of the micro-batches'.
     pools_between = True
 
-    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the plain layer; in a micro-step, with its statistics given to a pool."""
         step = current_step()
-        training = self._get_training_value(training)  # type: ignore[attr-defined]
-        # A class of the user's own may take no mask.
-        masked = {} if mask is None else {"mask": mask}
-        if step is None or not step.pools(self) or tf.get_static_value(training) is False:
-            return super().call(inputs, training=training, **masked)  # type: ignore[misc]
+        if step is None or not step.pools(self):
+            return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
         with _measuring(self) as measured:
-            outputs = super().call(inputs, training=training, **masked)  # type: ignore[misc]
-        if measured:
-            step.pool(self, self._statistics(inputs, training, mask, **measured))
+            outputs = super().call(inputs, *args, **kwargs)  # type: ignore[misc]
+        if "variance" in measured:  # it trains
+            step.pool(self, self._statistics(**measured))
         return outputs
 
     @property
@@ -122,34 +119,55 @@ class PooledBatchNorm(Rewritten):
         return int(bool(self.fused and self._bessels_correction_test_only))  # type: ignore[attr-defined]
 
     def _assign_moving_average(self, variable: Any, value: Any, *args: Any) -> Any:
-        own = super()._assign_moving_average  # type: ignore[misc]
-        return value if self._note(variable, value) else own(variable, value, *args)
+        if self._note_move(variable, value):
+            return value
+        return super()._assign_moving_average(variable, value, *args)  # type: ignore[misc]
 
     def _assign_new_value(self, variable: Any, value: Any) -> Any:
-        own = super()._assign_new_value  # type: ignore[misc]
-        return value if self._note(variable, value) else own(variable, value)
+        if self._note_move(variable, value):
+            return value
+        return super()._assign_new_value(variable, value)  # type: ignore[misc]
 
-    def _note(self, variable: Any, value: Any) -> bool:
-        """Note what the layer would move a statistic to, instead of moving it."""
+    def _get_training_value(self, training: Any = None) -> Any:
+        training = super()._get_training_value(training)  # type: ignore[misc]
+        self._note("training", training)
+        return training
+
+    def _fused_batch_norm(self, inputs: Any, mask: Any, training: Any) -> Any:
+        self._note("elements", tf.size(inputs, tf.int64))
+        return super()._fused_batch_norm(inputs, mask, training)  # type: ignore[misc]
+
+    def _calculate_mean_and_var(
+        self, inputs: Any, reduction_axes: Any, keep_dims: bool, mask: Any = None
+    ) -> Any:
+        elements = tf.size(inputs, tf.int64)
+        if mask is not None:  # what is valid, of each channel
+            valid = tf.broadcast_to(tf.expand_dims(mask, -1), tf.shape(inputs))
+            elements = tf.math.count_nonzero(valid, reduction_axes, keepdims=keep_dims)
+        self._note("elements", elements)
+        own = super()._calculate_mean_and_var  # type: ignore[misc]
+        return own(inputs, reduction_axes, keep_dims, mask=mask)
+
+    def _note_move(self, variable: Any, value: Any) -> bool:
+        """Note what the layer would move a statistic to, if it is not to be moved."""
+        return self._note("mean" if variable is self.moving_mean else "variance", value)  # type: ignore[attr-defined]
+
+    def _note(self, name: str, value: Any) -> bool:
+        """Note something, where the layer is measured; else it is not."""
         measured = _measured_by(self)
-        if measured is None:
-            return False
-        measured["mean" if variable is self.moving_mean else "variance"] = value  # type: ignore[attr-defined]
-        return True
+        if measured is not None:
+            measured[name] = value
+        return measured is not None
 
-    def _statistics(
-        self, inputs: Any, training: Any, mask: Any, mean: tf.Tensor, variance: tf.Tensor
-    ) -> Statistics:
+    def _statistics(self, elements: Any, training: Any, mean: Any, variance: Any) -> Statistics:
         dtype = self.moving_mean.dtype  # type: ignore[attr-defined]
-        size = tf.cast(tf.size(inputs, tf.int64) // tf.size(mean, tf.int64), tf.float64)
-        if mask is not None and not self.fused:  # type: ignore[attr-defined]
-            size *= tf.reduce_mean(tf.cast(mask, tf.float64))
-        divided_by = tf.maximum(size - self.degrees_taken, 1.0)
-        of_all = tf.cast(tf.math.divide_no_nan(divided_by, size), dtype)
-        variance = tf.cast(variance, dtype) * of_all
-        return Statistics(
-            tf.where(tf.cast(training, tf.bool), size, 0.0), tf.cast(mean, dtype), variance
-        )
+        if elements.shape.rank == 0:  # of all channels
+            elements //= tf.size(mean, tf.int64)
+        counts = tf.cast(elements, tf.float64) + tf.zeros_like(mean, tf.float64)
+        divided_by = tf.maximum(counts - self.degrees_taken, 1.0)
+        of_all = tf.cast(tf.math.divide_no_nan(divided_by, counts), dtype)
+        counts *= tf.cast(training, tf.float64)
+        return Statistics(counts, tf.cast(mean, dtype), tf.cast(variance, dtype) * of_all)
 
 
 class _MomentumBatchNorm(PooledBatchNorm):
