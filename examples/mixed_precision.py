@@ -38,9 +38,8 @@ def build(seed):
     model = tf_keras.Sequential(
         [
             tf_keras.Input([8, 8, 1]),
-            tf_keras.layers.Conv2D(32, 3, padding="same", activation="relu"),
-            tf_keras.layers.Conv2D(64, 3, activation="relu"),
-            tf_keras.layers.MaxPooling2D(),
+            tf_keras.layers.Conv2D(32, 3, activation="relu"),
+            tf_keras.layers.Conv2D(32, 3, activation="relu"),
             tf_keras.layers.Flatten(),
             tf_keras.layers.Dense(64, activation="relu"),
             tf_keras.layers.Dense(10),

@@ -73,7 +73,7 @@ def check_mixed_precision(output):
     assert max(losses) - min(losses) < 0.1
     # 36 updates, and the scale grows after 25.
     assert "at the end, from 32768 on: 65536\n" in output
-    assert "MaxPooling2D float16, Flatten float16, Dense float16, Dense float32\n" in output
+    assert "Conv2D float16, Flatten float16, Dense float16, Dense float32\n" in output
 
 
 @pytest.mark.long
