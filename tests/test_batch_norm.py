@@ -394,6 +394,50 @@ def test_layers_that_are_built_in_the_first_step(float64, mode, kind, how):
         assert_same_statistics(converted, run_large(plain, windows), start)
 
 
+class AlwaysTraining(tf_keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = norm(), layers.Dense(1)
+
+    def call(self, inputs):
+        return self.out(self.norm(inputs, training=True))
+
+
+class OwnStep(tf_keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.block, self.out = Block(), layers.Dense(1)
+
+    def call(self, inputs, training=None):
+        return self.out(self.block(inputs, training=training))
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+        self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("made", [AlwaysTraining, OwnStep])
+def test_a_first_step_that_makes_layers_moves_nothing_beside(float64, made):
+    """Whatever makes them, a window that it begins moves the statistics once, by its own rows."""
+    windows = batches_of([3], [[4, 2]])
+    model, plain = compiled(made()), made()
+    converted = convert(model, "pooled", accum_steps=2, inplace=True)
+    assert not converted.built
+    train(converted, windows)
+    plain.build([None, 3])
+    for layer in norms_of(plain):  # what builds may have moved them
+        layer.moving_mean.assign(tf.zeros_like(layer.moving_mean))
+        layer.moving_variance.assign(tf.ones_like(layer.moving_variance))
+    start = statistics(plain)
+    plain(
+        cases.concatenate(windows[0])[0], **({} if made is AlwaysTraining else {"training": True})
+    )
+    assert_same_statistics(converted, statistics(plain), start)
+
+
 @pytest.mark.parametrize("is_built", [True, False], ids=["built", "not built"])
 def test_pooled_in_a_function_that_an_eager_step_calls(float64, is_built):
     """A graph within an eager step pools as the step does."""
@@ -658,7 +702,8 @@ def test_keep_is_named_in_one_warning(mode):
     with pytest.warns(ga.InexactWarning) as caught:
         ga.make_accumulating(model, 2, batch_norm=mode)
     names = ", ".join(layer.name for layer in norms_of(model) if layer.name != "frozen")
-    assert [str(each.message) for each in caught] == [WARNING.format("whole", names)]
+    texts = [str(each.message) for each in caught if each.category is ga.InexactWarning]
+    assert texts == [WARNING.format("whole", names)]
     assert {"inner", "outer"} == set(names.split(", "))
 
 
@@ -668,7 +713,7 @@ def test_no_other_choice_warns(mode):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         convert(sequential([3]), mode, accum_steps=2)
-    assert not caught
+    assert not [each for each in caught if issubclass(each.category, UserWarning)]
 
 
 def test_keep_does_not_warn_where_nothing_is_accumulated():
@@ -676,7 +721,7 @@ def test_keep_does_not_warn_where_nothing_is_accumulated():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ga.make_accumulating(sequential([3]), agc=True, batch_norm="keep")
-    assert not caught
+    assert not [each for each in caught if issubclass(each.category, UserWarning)]
 
 
 @pytest.mark.parametrize("how", [{}, EAGERLY], ids=str)

@@ -69,7 +69,7 @@ def without_noise(model):
     [
         (applications.ResNet50, "model.h5"),
         (applications.MobileNetV2, "model.keras"),
-        (applications.EfficientNetB0, "model"),
+        (applications.EfficientNetB0, "model.h5"),
     ],
 )
 def test_applications(float64, tmp_path, build, file):
