@@ -1220,6 +1220,21 @@ def test_a_window_that_hdf5_drops_leaves_no_statistics(interrupted, tmp_path):
     assert_same_statistics(loaded, run_large(plain, [batches[:3]]), start)
 
 
+def test_an_optimizer_comes_back_where_gamma_and_beta_rest(tmp_path):
+    """A `.keras` file holds its count and moments, whatever it was built for before."""
+    x, y = np.ones([4, 3], "float32"), np.ones([4, 1])
+    source = sequential([3])
+    source.compile("adam", "mse")
+    source.fit(x, y, verbose=0)
+    model = convert(source, ga.BatchNorm("freeze", trainable=False), accum_steps=2)
+    model.fit(x, y, batch_size=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = tf_keras.models.load_model(tmp_path / "model.keras")
+    assert int(loaded.optimizer.iterations) == int(model.optimizer.iterations) == 2
+    for ours, theirs in zip(loaded.optimizer.variables, model.optimizer.variables):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_loaded_model_does_what_was_chosen(tmp_path, mode):
     """Its file names the plain layers, and its chain rewrites them anew."""
