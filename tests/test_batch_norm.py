@@ -1186,6 +1186,7 @@ def interrupted():
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", ["model.keras", "model", "checkpoint"])
 @pytest.mark.parametrize("mode", POOLING)
 def test_a_pending_window_survives(interrupted, tmp_path, mode, file):
@@ -1205,6 +1206,7 @@ def test_a_pending_window_survives(interrupted, tmp_path, mode, file):
     assert_same_statistics(loaded, expected, start)
 
 
+@pytest.mark.long
 def test_a_window_that_hdf5_drops_leaves_no_statistics(interrupted, tmp_path):
     """Its warnings say so; the next window is pooled by itself."""
     model, batches, _, start = interrupted["pooled"]

@@ -256,6 +256,7 @@ def test_float32_is_the_way_back_from_16_bits(policy):
     np.testing.assert_array_equal(back.predict(x, verbose=0), mixed.predict(x, verbose=0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
 def test_strip_gives_back_the_plain_model(inplace):
     """Classes, policies, the optimizer within the wrapper, its state, and the weights."""
