@@ -85,8 +85,8 @@ class Accumulating:
 
     def _build_ahead(self, args: Any) -> None:
         """Have the layers that a first eager step makes be there before it, to be rewritten."""
-        has_rewrites = any(spec.role == "rewrite" for spec in self._accumulating_chain)
-        if self.built or not has_rewrites or not self._has_usual_step():  # type: ignore[attr-defined]
+        is_ready = self.built or not self._has_rewrites()  # type: ignore[attr-defined]
+        if is_ready or not self._has_usual_step():
             return
         self(_keras.unpack_x_y_sample_weight(args[0])[0])  # type: ignore[operator]
         self._open_windows().pools.prepare()
@@ -99,8 +99,13 @@ class Accumulating:
 
     def _rewrite(self) -> bool:
         """Rewrite the layers that there are; whether the chain rewrites any."""
+        if not self._has_rewrites():  # an eager step looks at no layer for nothing
+            return False
         apply_rewrites(self._accumulating_chain, self)
         build_for_plain(self)
+        return True
+
+    def _has_rewrites(self) -> bool:
         return any(spec.role == "rewrite" for spec in self._accumulating_chain)
 
     def _step(self, windows: Windows, args: Any, kwargs: Any) -> Any:

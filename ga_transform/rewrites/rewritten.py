@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import tf_keras
 
@@ -21,8 +21,6 @@ __all__ = [
     "set_policy",
     "stand_before",
 ]
-
-Before = TypeVar("Before", bound="Rewritten")
 
 #: By what stands before and by the class behind, the class of both.
 _CLASSES: dict[tuple[type, type], type] = {}
