@@ -18,8 +18,9 @@ from tf_keras import metrics as keras_metrics
 
 from ga_transform import _graphs, _keras
 from ga_transform.loss_terms import SUM, LossCall, LossTerm, is_by_rows
+from ga_transform.replicas import count_replicas
 
-__all__ = ["Kept", "keep_logs", "keep_loss", "weigh_means"]
+__all__ = ["Kept", "keep_logs", "keep_loss", "take_slices"]
 
 #: The operations that call a function.
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
@@ -210,30 +211,40 @@ def _item_of_result(metric: Any, name: str) -> Any:
 
 
 @contextmanager
-def weigh_means(model: Any, share: Callable[[], tf.Tensor]) -> Iterator[None]:
-    """Have the model's means of one number a batch take a slice's as its share of the rows.
+def take_slices(model: Any, share: Callable[[], tf.Tensor]) -> Iterator[None]:
+    """Have the model's metrics take what they are given for a slice of a batch.
+
+    Means of one number a batch take a slice's as its share of the rows. Results, which are taken
+    again after the slices, are those of one replica: none waits for others amidst its slices.
 
     Args:
         model: Its metrics, also those that `compile` was given and a first batch makes.
         share: Gives, of the batch's rows, those of the slice. Shape: scalar, float64.
     """
     with contextlib.ExitStack() as stack:
-        weighed: set[int] = set()
+        prepared: set[int] = set()
 
-        def weigh() -> None:
+        def prepare(metric: Any) -> None:
+            is_mean = isinstance(metric, keras_metrics.Mean)
+            replacement = _WEIGHED.get(type(metric).update_state) if is_mean else None
+            if replacement is not None:
+                update_state = functools.partial(replacement, metric, share)
+                stack.enter_context(_replaced(metric, "update_state", update_state))
+            if count_replicas() > 1:
+                result = functools.partial(_result_of_replica, metric)
+                stack.enter_context(_replaced(metric, "result", result))
+
+        def prepare_all() -> None:
             for metric in _keras.metrics_of(model):
-                is_mean = isinstance(metric, keras_metrics.Mean)
-                replacement = _WEIGHED.get(type(metric).update_state) if is_mean else None
-                if replacement is not None and id(metric) not in weighed:
-                    weighed.add(id(metric))
-                    update_state = functools.partial(replacement, metric, share)
-                    stack.enter_context(_replaced(metric, "update_state", update_state))
+                if id(metric) not in prepared:
+                    prepared.add(id(metric))
+                    prepare(metric)
 
         def build(own: Callable[..., None], *args: Any) -> None:
             own(*args)
-            weigh()
+            prepare_all()
 
-        weigh()
+        prepare_all()
         for container in (model.compiled_loss, model.compiled_metrics):
             if container is not None:
                 stack.enter_context(_replaced(container, "build", build))
@@ -252,6 +263,11 @@ def _replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterato
             setattr(owner, name, own)
         else:
             delattr(owner, name)
+
+
+def _result_of_replica(metric: Any, own: Any, *args: Any) -> Any:
+    metric._call_result = tf.nest.map_structure(tf.identity, own.__wrapped__(*args))
+    return metric._call_result
 
 
 def _update_mean(

@@ -16,6 +16,7 @@ import tensorflow as tf
 from ga_transform._keras import AutoTrackable
 from ga_transform.layouts import PoolLayout
 from ga_transform.numerics import rarely
+from ga_transform.replicas import count_replicas, decide, local_variable, summed
 from ga_transform.rewrites.batch_norm import PooledBatchNorm, Statistics, batch_norms_of
 
 __all__ = ["Pools"]
@@ -33,11 +34,11 @@ class Pool(AutoTrackable):  # type: ignore[misc]
         self.pools_between: bool = layer.pools_between
         with tf.init_scope():
             nothing = tf.zeros(layer.moving_mean.shape, tf.float64)
-            self.elements = tf.Variable(nothing, trainable=False)
-            self.weight = tf.Variable(nothing, trainable=False)
+            self.elements = local_variable(nothing, of_all="sum")
+            self.weight = local_variable(nothing, of_all="sum")
             empty = tf.zeros(layer.moving_mean.shape, layer.moving_mean.dtype)
-            self.mean = tf.Variable(empty, trainable=False)
-            self.variance = tf.Variable(empty, trainable=False)
+            self.mean = local_variable(empty, of_all="mean")
+            self.variance = local_variable(empty, of_all="mean")
 
     @property
     def state(self) -> list[tf.Variable]:
@@ -82,11 +83,38 @@ class Pool(AutoTrackable):  # type: ignore[misc]
         for (variable, _), value in zip(changes, values):
             variable.assign(value)
 
+    def totals(self) -> list[tf.Tensor]:
+        """What is added up over replicas first. Shape: each as the mean, float64."""
+        mean = tf.cast(self.mean, tf.float64)
+        return [self.elements.read_value(), self.weight.read_value(), self.weight * mean]
+
+    def spreads(self, weight: tf.Tensor, weighed_mean: tf.Tensor) -> tf.Tensor:
+        """What is added up next: variances, about the mean of all replicas, times weights."""
+        variance = tf.cast(self.variance, tf.float64)
+        if self.pools_between:
+            mean = tf.math.divide_no_nan(weighed_mean, weight)
+            variance += tf.square(tf.cast(self.mean, tf.float64) - mean)
+        return self.weight * variance
+
+    def take(
+        self, elements: tf.Tensor, weight: tf.Tensor, weighed_mean: tf.Tensor, spread: tf.Tensor
+    ) -> None:
+        """Hold an even part of what all replicas have found."""
+        dtype = self.mean.dtype
+        self.elements.assign(elements / count_replicas())
+        self.weight.assign(weight / count_replicas())
+        self.mean.assign(tf.cast(tf.math.divide_no_nan(weighed_mean, weight), dtype))
+        self.variance.assign(tf.cast(tf.math.divide_no_nan(spread, weight), dtype))
+
     def move(self) -> None:
-        """Move the layer's statistics towards those of the pool, as of one batch; and empty it."""
+        """Move the layer's statistics towards those of the pool, as of one batch; and empty it.
+
+        Replicas hold even parts.
+        """
         layer, dtype = self._layer, self.mean.dtype
-        holds = self.elements > 0
-        of_layer = self.elements / tf.maximum(self.elements - layer.degrees_taken, 1.0)
+        elements = self.elements * count_replicas()
+        holds = elements > 0
+        of_layer = elements / tf.maximum(elements - layer.degrees_taken, 1.0)
         found = (self.mean, self.variance * tf.cast(of_layer, dtype))
         gain = tf.where(holds, self._gain(dtype), 0)
         for variable, value in zip((layer.moving_mean, layer.moving_variance), found):
@@ -169,10 +197,22 @@ class Pools(AutoTrackable):  # type: ignore[misc]
             is_begun: Whether one does. Shape: scalar, bool.
         """
         if self._pools:
-            rarely(~is_begun, self.move)
+            decide(~is_begun, self.move)
+
+    def spread(self) -> None:
+        """Have each replica hold an even part of what all have found."""
+        pools = list(self._pools.values())
+        if count_replicas() == 1 or not pools:
+            return
+        totals = summed([total for pool in pools for total in pool.totals()])
+        of_pools = [totals[start : start + 3] for start in range(0, len(totals), 3)]
+        spreads = summed([pool.spreads(*of_all[1:]) for pool, of_all in zip(pools, of_pools)])
+        for pool, of_all, spread in zip(pools, of_pools, spreads):
+            pool.take(*of_all, spread)
 
     def move(self) -> None:
         """Move the moving statistics towards what is pooled, pass by pass."""
+        self.spread()
         for _, pool in sorted(self._pools.items()):
             pool.move()
 

@@ -250,12 +250,6 @@ def _convert(owner: str, model: Any, chain: Chain, inplace: bool) -> Any:
                 "Call strip_accumulating on it first."
             )
     _check_available(chain)
-    strategy = model.distribute_strategy
-    if not _keras.is_on_one_device(strategy):
-        raise NotImplementedError(
-            f"{owner} must be on one device in this version; got {model.name!r} under "
-            f"{type(strategy).__name__}. Build and convert it outside the strategy's scope."
-        )
     _check_rows_are_free(model, chain)
     check_rewrites(chain, model)
     check_stages([*chain.micro_batch_stages, *chain.update_stages], model)

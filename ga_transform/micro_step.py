@@ -18,13 +18,14 @@ from ga_transform.diversion import divert, running
 from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
 from ga_transform.numerics import Gradient, added, all_finite, map_values, values_of, widened
+from ga_transform.replicas import decide
 from ga_transform.rewrites.batch_norm import Statistics
 from ga_transform.rewrites.loss_scale import has_scaled, is_in_float16
 from ga_transform.specs import Precision
 from ga_transform.stages import apply_stages
 from ga_transform.stages.accumulate import Window
 from ga_transform.stages.books import Share
-from ga_transform.stages.update import update_with
+from ga_transform.stages.update import make_update
 from ga_transform.weighting import Weighting
 from ga_transform.windows import Handed, Windows
 
@@ -258,7 +259,7 @@ class MicroStep:
                 update = self._windows.update_of(
                     handed.optimizer, handed.turn, handed.args, handed.kwargs
                 )
-                update_with(handed.variables, shares, update)
+                make_update(handed.variables, shares, update)
                 return
             index = self._slice_index()
             if window.add(handed.variables, shares, weight, index):
@@ -290,7 +291,7 @@ class MicroStep:
 
     def after_update(
         self, follower: Any, variables: Iterable[tf.Variable], action: Callable[[], Any]
-    ) -> Any:
+    ) -> tf.Tensor:
         """Do what follows the optimizer in this step only where the weights have moved.
 
         That is where a window has just been emptied; or, before the optimizer is called, where
@@ -300,6 +301,9 @@ class MicroStep:
             follower: Whose action it is.
             variables: The weights that it looks at.
             action: What it does.
+
+        Returns:
+            Something that others may depend on.
         """
         windows = [
             window
@@ -307,18 +311,17 @@ class MicroStep:
             if any(_keras.reference_of(variable) in handed for variable in variables)
         ]
 
-        def act() -> tf.Tensor:
+        def act() -> None:
             with running(None):
                 action()
-            return tf.constant(0)
 
         if windows:
             self._windows.follow(windows[-1], follower, act)
-            if self._slice is not None:  # the update comes after the slices
-                return tf.constant(0)
-        index = self._slice_index()
-        begun = windows[-1].micro_batches > 0 if windows else self._windows.is_begun(index)
-        return tf.cond(begun, lambda: tf.constant(0), act)
+        if not windows or self._slice is None:  # else the update comes after the slices
+            index = self._slice_index()
+            begun = windows[-1].micro_batches > 0 if windows else self._windows.is_begun(index)
+            decide(~begun, act)
+        return tf.constant(0)
 
     def _turn(self, optimizer: Any, graphs: list[Any], variables: set[Any]) -> Turn:
         """Which call of an optimizer this is, of those that a step makes.

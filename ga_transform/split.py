@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Optional
 import tensorflow as tf
 
 from ga_transform import _graphs, _keras
-from ga_transform.batch_logs import Kept, keep_logs, keep_loss, weigh_means
+from ga_transform.batch_logs import Kept, keep_logs, keep_loss, take_slices
 from ga_transform.loss_terms import LossCall
 from ga_transform.rows import count_rows
 from ga_transform.slices import Slices
@@ -53,7 +53,7 @@ class Slice:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Have metrics that count batches take the slice for a part of one."""
-        with weigh_means(self._model, self.share_seen_from_here):
+        with take_slices(self._model, self.share_seen_from_here):
             yield
 
     def publish_share(self) -> None:

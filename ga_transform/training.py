@@ -27,6 +27,7 @@ from ga_transform.chain import Chain
 from ga_transform.diversion import current_step
 from ga_transform.loss_terms import widened_outputs
 from ga_transform.micro_step import MicroStep
+from ga_transform.replicas import scope_of
 from ga_transform.rewrites import apply_rewrites, build_for_plain
 from ga_transform.specs import Accumulate, Precision, Split
 from ga_transform.split import Slice, train_in_slices
@@ -257,7 +258,8 @@ class Accumulating:
             warnings.warn(reason, stacklevel=4)
         if known is not None:
             _keras.forget_traces(self)
-        self._accumulation = Windows(self)
+        with scope_of(self):
+            self._accumulation = Windows(self)
         return self._accumulation
 
     # ---- epochs ------------------------------------------------------------------------

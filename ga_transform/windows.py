@@ -20,6 +20,14 @@ from ga_transform.layouts import Call, OptimizerLayout, StateLayout, Turn, Windo
 from ga_transform.neighbours import couplings_of, pass_counters_of
 from ga_transform.numerics import Gradient
 from ga_transform.optimizer_state import build_for, mend_wrapper, positions_built_for
+from ga_transform.replicas import (
+    apply_summed,
+    divided,
+    is_summed,
+    local_variable,
+    run_on_replicas,
+    scope_of,
+)
 from ga_transform.rewrites.loss_scale import is_in_float16, is_scaled, lower_scale
 from ga_transform.specs import Accumulate, Split
 from ga_transform.stages import apply_stages
@@ -72,9 +80,9 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             #: What the step's batch and its latest compiled loss weigh, and the share of a batch
             #: that its slice is, for functions that the step calls: these keep what they have
             #: captured, and must capture no tensor of it.
-            self.batch_weight = self._no_dependency(tf.Variable(1.0, False, dtype=tf.float64))
-            self.loss_weight = self._no_dependency(tf.Variable(1.0, False, dtype=tf.float64))
-            self.slice_share = self._no_dependency(tf.Variable(1.0, False, dtype=tf.float64))
+            self.batch_weight = self._no_dependency(local_variable(1.0, tf.float64, of_all="first"))
+            self.loss_weight = self._no_dependency(local_variable(1.0, tf.float64, of_all="first"))
+            self.slice_share = self._no_dependency(local_variable(1.0, tf.float64, of_all="first"))
         #: Whether a step of the model has come here.
         self.has_stepped = False
         self._warned = self._no_dependency(set())
@@ -208,6 +216,8 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             pairs = [(g, variable) for g, variable in zip(gradients, variables) if g is not None]
             present = [variable for _, variable in pairs]
             given = [gradient for gradient, _ in pairs]
+            if is_summed(undiverted(optimizer), args, kwargs):  # and has been summed again
+                given = list(map(divided, given))
 
             def make() -> None:
                 staged = apply_stages(self.chain.update_stages, given, present, self._model())
@@ -219,7 +229,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                     (final.get(_keras.reference_of(variable)), variable) for variable in variables
                 ]
                 with running(None):  # an optimizer made of others calls theirs
-                    undiverted(optimizer)(handed, *args, **kwargs)
+                    apply_summed(undiverted(optimizer), handed, args, kwargs)
 
             skips.guard(given, make)
 
@@ -302,7 +312,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             if key not in self._flushes:
                 self._flushes[key] = self._flush_function(window, self._updates[key])
             self._flushes[key]()
-        self.pools.move()
+        run_on_replicas(self._model(), self.pools.move)
 
     def _flush_function(self, window: Window, update: Update) -> Callable[[], None]:
         def flush() -> None:
@@ -310,10 +320,26 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             for follow in self._followers.get(id(window), {}).values():
                 follow()
 
+        return self._on_replicas(flush)
+
+    def _on_replicas(self, action: Callable[[], None]) -> Callable[[], None]:
+        """What does something on each replica, as the model runs: in a graph or eagerly."""
         model = self._model()
+        run = functools.partial(run_on_replicas, model, action)
         if model.run_eagerly:
-            return flush
-        return tf.function(flush, jit_compile=model.jit_compile, autograph=False)  # type: ignore[no-any-return]
+            return run
+        return tf.function(run, jit_compile=model.jit_compile, autograph=False)  # type: ignore[no-any-return]
+
+    def spread(self) -> None:
+        """Divide what the replicas hold evenly among them, so that files can add it up."""
+
+        def spread() -> None:
+            for window in self._windows.values():
+                window.spread()
+            self.pools.spread()
+
+        if self._model().distribute_strategy.num_replicas_in_sync > 1 and self.pending:
+            self._on_replicas(spread)()
 
     def discard(self) -> None:
         """Forget partial windows."""
@@ -328,6 +354,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
         Windows that train what is no weight of the model are left out.
         """
+        self.spread()
         places, positions = self._places(), _keras.positions_of(self._model())
         layouts = []
         for key, window in self._windows.items():
@@ -369,6 +396,10 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
     def arrange(self, layout: StateLayout) -> None:
         """Make the windows and pools of a layout, and the sums in them; all others hold nothing."""
+        with scope_of(self._model()):
+            self._arrange(layout)
+
+    def _arrange(self, layout: StateLayout) -> None:
         model = self._model()
         optimizers, weights = _keras.optimizers_within(model), _keras.weights_of(model)
         named = set()
@@ -399,8 +430,10 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         # Else their slots would be made at the end of the window, when newer checkpoints may have
         # taken the place of this.
         if layout.trained == _keras.trained_positions(model):
-            for each in layout.optimizers:
-                build_for(optimizers[each.optimizer], [weights[place] for place in each.built_for])
+            with scope_of(model):
+                for each in layout.optimizers:
+                    variables = [weights[place] for place in each.built_for]
+                    build_for(optimizers[each.optimizer], variables)
 
     def state(self, layout: StateLayout) -> list[tf.Variable]:
         """The variables in the order of a layout that is arranged."""

@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from ga_transform._keras import AutoTrackable
 from ga_transform.layouts import SumLayout
-from ga_transform.numerics import all_finite, rarely
+from ga_transform.numerics import all_finite
+from ga_transform.replicas import count_replicas, decide, local_variable, summed
 from ga_transform.stages.books import Book, Share
 from ga_transform.stages.skips import Skips
 from ga_transform.stages.update import Update, make_update
@@ -54,12 +55,12 @@ class Window(AutoTrackable):  # type: ignore[misc]
         self.skips = self._no_dependency(skips)
         self._books = self._no_dependency({})
         with tf.init_scope():
-            self.micro_batches = tf.Variable(0, trainable=False, dtype=tf.int64)
-            self.reference = tf.Variable(0, trainable=False, dtype=tf.float64)
+            self.micro_batches = local_variable(0, tf.int64, of_all="first")
+            self.reference = local_variable(0, tf.float64, of_all="first")
             if is_split and self._crosses_batches:
-                self.batches = tf.Variable(0, trainable=False, dtype=tf.int64)
+                self.batches = local_variable(0, tf.int64, of_all="first")
             if len(self._steps) > 1:
-                self.updates = tf.Variable(0, trainable=False, dtype=tf.int64)
+                self.updates = local_variable(0, tf.int64, of_all="first")
 
     @property
     def holds(self) -> int:
@@ -211,11 +212,9 @@ class Window(AutoTrackable):  # type: ignore[misc]
                 batches = self.batches
                 batches.assign_add(tf.cast(is_last, tf.int64))
             is_last &= batches >= self.steps_at(iterations)
-        is_due = is_last & self._weighs_anything()
         if self._crosses_batches:
             present = None  # others may have them
-        rarely(is_due, lambda: make_update(variables, self._totals(present), update))
-        self._skip_if_nothing_is_left(is_last)
+        decide(is_last, lambda: self._make_update(variables, present, update))
         self._close(is_last)
 
     def flush(self, update: Update) -> None:
@@ -224,8 +223,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         Args:
             update: As in `end_batch`.
         """
-        rarely(self._weighs_anything(), lambda: make_update([], self._totals(), update))
-        self._skip_if_nothing_is_left(tf.constant(True))
+        self._make_update([], None, update)
         self._close(tf.constant(True))
 
     def discard(self) -> None:
@@ -234,18 +232,21 @@ class Window(AutoTrackable):  # type: ignore[misc]
             count.assign(0)
         self.skips.begin(tf.constant(True))
 
-    def _skip_if_nothing_is_left(self, is_last: tf.Tensor) -> None:
-        """Count a window all of whose micro-batches are left out."""
-        if self.skips.leaves_out:
-            is_lost = is_last & (self.skips.left_out > 0) & ~self._weighs_anything()
-            rarely(is_lost, self.skips.skip)
+    def _make_update(
+        self,
+        variables: Sequence[tf.Variable],
+        present: Optional[Container[Any]],
+        update: Update,
+    ) -> None:
+        totals = [book.total(present) for book in self._books.values()]
+        if self._keep_size and count_replicas() > 1:  # each has had a unit of its own
+            totals = [total.times(self._unit()) for total in totals]
+        make_update(variables, totals, update, self.skips.skip_if_left_out)
 
-    def _weighs_anything(self) -> tf.Tensor:
-        # Without rows, or without a valid one, there is nothing to update with.
-        return tf.add_n([book.weight.read_value() for book in self._books.values()]) > 0
-
-    def _totals(self, present: Optional[Container[Any]] = None) -> list[Share]:
-        return [book.total(present) for book in self._books.values()]
+    def _unit(self) -> tf.Tensor:
+        """What weights are relative to, where they must keep their size. Shape: scalar."""
+        usual = self.reference.read_value()
+        return tf.where(usual > 0, usual, tf.ones_like(usual))
 
     def _close(self, is_last: tf.Tensor) -> None:
         """Begin another window, where this one has had its last batch."""
@@ -256,6 +257,17 @@ class Window(AutoTrackable):  # type: ignore[misc]
             self.updates.assign_add(tf.cast(is_last, tf.int64))
 
     # ---- in files --------------------------------------------------------------------------
+
+    def spread(self) -> None:
+        """Divide what all replicas hold evenly among them, so that files can add it up."""
+        if self._keep_size:
+            (total,) = summed([self._unit()])
+            common = total / count_replicas()
+            for book in self._books.values():
+                book.scale(self._unit() / common)
+            self.reference.assign(common)
+        for book in self._books.values():
+            book.spread()
 
     def layout(self, positions: Mapping[Any, int]) -> Optional[dict[str, list[SumLayout]]]:
         """By kind, the sums that are stored; none where the window holds no micro-batch.

@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from ga_transform._keras import AutoTrackable, reference_of
 from ga_transform.layouts import SumLayout
-from ga_transform.numerics import Gradient, widened
+from ga_transform.numerics import Gradient, map_values, widened
+from ga_transform.replicas import local_variable
 from ga_transform.stages.sums import DenseSum, SparseSum
 
 __all__ = ["Book", "Share"]
@@ -25,6 +26,14 @@ class Share(NamedTuple):
     #: In units of the window. Shape: scalar, float64.
     weight: tf.Tensor
 
+    def times(self, factor: tf.Tensor) -> Share:
+        """The share in other units."""
+        gradients = {
+            reference: map_values(lambda values: values * tf.cast(factor, values.dtype), gradient)
+            for reference, gradient in self.gradients.items()
+        }
+        return self._replace(gradients=gradients, weight=self.weight * factor)
+
 
 class Book(AutoTrackable):  # type: ignore[misc]
     """The sums of one kind of loss: of gradients, by variable, and of weights."""
@@ -34,7 +43,7 @@ class Book(AutoTrackable):  # type: ignore[misc]
         self._sums = self._no_dependency({})
         self._idle = self._no_dependency(set())
         with tf.init_scope():
-            self.weight = tf.Variable(0, trainable=False, dtype=tf.float64)
+            self.weight = local_variable(0, tf.float64, of_all="sum")
 
     def open(self, share: Share, variables: Sequence[tf.Variable], keep_sparse: bool) -> bool:
         """See to it that each gradient of the share has a sum.
@@ -85,6 +94,17 @@ class Book(AutoTrackable):  # type: ignore[misc]
             if present is None or reference in present
         }
         return Share(self.kind, gradients, self.weight.read_value())
+
+    def scale(self, factor: tf.Tensor) -> None:
+        """Turn all that is stored into other units."""
+        self.weight.assign(self.weight * factor)
+        for stored in self._sums.values():
+            stored.scale(factor)
+
+    def spread(self) -> None:
+        """Divide what the replicas hold of sparse sums evenly among them."""
+        for stored in self._sums.values():
+            stored.spread()
 
     def layout(self, positions: Mapping[Any, int]) -> Optional[list[SumLayout]]:
         """Where the sums belong; None, if it cannot be said of one of them."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from ga_transform.numerics import Gradient, all_finite
+from ga_transform.replicas import all_together, decide, local_variable, summed
 
 __all__ = ["Skips"]
 
@@ -29,17 +30,18 @@ class Skips:
         self._guards_updates = guards_updates
         self._lower_scale = lower_scale
         with tf.init_scope():
-            self._windows = tf.Variable(0, trainable=False, dtype=tf.int64)
-            self._micro_batches = tf.Variable(0, trainable=False, dtype=tf.int64)
+            self._windows = local_variable(0, tf.int64, of_all="first")
+            # What a replica leaves out is its own; a file's sum is divided among replicas.
+            self._micro_batches = local_variable(0, tf.float64, of_all="sum")
             #: Of the window that is filled now.
-            self._left_out = tf.Variable(0, trainable=False, dtype=tf.int64)
+            self._left_out = local_variable(0, tf.float64, of_all="sum")
 
     @property
     def counts(self) -> tuple[int, int, int]:
         """Skipped windows, and micro-batches left out: of all windows, and of the present one."""
         with tf.init_scope():
-            windows, micro_batches, left_out = self._variables()
-            return int(windows.numpy()), int(micro_batches.numpy()), int(left_out.numpy())
+            windows, micro_batches, left_out = (int(each.numpy()) for each in self._variables())
+            return windows, micro_batches, left_out
 
     @counts.setter
     def counts(self, counts: Sequence[int]) -> None:
@@ -54,12 +56,16 @@ class Skips:
     @property
     def left_out(self) -> tf.Tensor:
         """How many micro-batches of this window are left out. Shape: scalar, int64."""
-        return self._left_out.read_value()
+        return tf.cast(self._left_out.read_value(), tf.int64)
 
     def skip(self) -> None:
         """Count a window whose update is not made."""
         self._windows.assign_add(1)
-        self._lower_scale()
+        all_together(self._lower_scale)
+
+    def skip_if_left_out(self) -> None:
+        """Count a window of which nothing is left, if it has been given something."""
+        self._if_left_out(self.skip)
 
     def guard(self, gradients: Sequence[Gradient], make: Callable[[], None]) -> None:
         """Make an update, if its gradients are finite.
@@ -72,13 +78,11 @@ class Skips:
             make()
             return
 
-        def made() -> tf.Tensor:
+        def made() -> None:
             make()
-            if self.leaves_out:
-                tf.cond(self.left_out > 0, lambda: _done(self._lower_scale), _nothing)
-            return tf.constant(0)
+            self._if_left_out(lambda: all_together(self._lower_scale))
 
-        tf.cond(all_finite(gradients), made, lambda: _done(self.skip))
+        decide(all_finite(gradients), made, self.skip)
 
     def begin(self, is_new: tf.Tensor) -> None:
         """Begin another window, where this one has ended."""
@@ -86,14 +90,11 @@ class Skips:
             count = self._left_out
             count.assign(tf.where(is_new, tf.zeros_like(count), count))
 
+    def _if_left_out(self, action: Callable[[], None]) -> None:
+        """Do something if a replica has left out a micro-batch of this window."""
+        if self.leaves_out:
+            (left_out,) = summed([self._left_out.read_value()])
+            decide(left_out > 0, action)
+
     def _variables(self) -> list[tf.Variable]:
         return [self._windows, self._micro_batches, self._left_out]
-
-
-def _nothing() -> tf.Tensor:
-    return tf.constant(0)
-
-
-def _done(action: Callable[[], None]) -> tf.Tensor:
-    action()
-    return tf.constant(0)

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from ga_transform._keras import AutoTrackable
 from ga_transform.numerics import Gradient, as_dense, as_slices, map_values, rarely
+from ga_transform.replicas import count_replicas, gathered, here, local_variable
 
 __all__ = ["DenseSum", "SparseSum"]
 
@@ -14,7 +15,7 @@ class DenseSum(AutoTrackable):  # type: ignore[misc]
     """A sum of gradients of a variable's whole shape."""
 
     def __init__(self, shape: tf.TensorShape, dtype: tf.DType) -> None:
-        self.values = tf.Variable(tf.zeros(shape, dtype), trainable=False)
+        self.values = local_variable(tf.zeros(shape, dtype), of_all="sum")
 
     def state(self) -> list[tf.Variable]:
         """The variables in one order."""
@@ -32,13 +33,20 @@ class DenseSum(AutoTrackable):  # type: ignore[misc]
         """Add a gradient to what is stored."""
         gradient = self._cast(gradient)
         if isinstance(gradient, tf.IndexedSlices):
-            self.values.scatter_add(gradient)
+            here(self.values).scatter_add(gradient)
         else:
             self.values.assign_add(gradient)
 
     def read(self) -> Gradient:
         """What is stored."""
         return tf.convert_to_tensor(self.values)
+
+    def scale(self, factor: tf.Tensor) -> None:
+        """Turn what is stored into other units."""
+        self.values.assign(self.values * tf.cast(factor, self.values.dtype))
+
+    def spread(self) -> None:
+        """Nothing: files add up what the replicas hold as it is."""
 
     def _cast(self, gradient: Gradient) -> Gradient:
         return map_values(lambda values: tf.cast(values, self.values.dtype), gradient)
@@ -55,9 +63,9 @@ class SparseSum(AutoTrackable):  # type: ignore[misc]
         row = shape[1:]
         self._dense_shape = tuple(shape)
         # By another name than a dense sum's, for which a checkpoint must not take it.
-        self.slices = tf.Variable(tf.zeros([0, *row], dtype), trainable=False, shape=[None, *row])
-        self.rows = tf.Variable(tf.zeros([0], tf.int64), trainable=False, shape=[None])
-        self.held = tf.Variable(0, trainable=False, dtype=tf.int64)
+        self.slices = local_variable(tf.zeros([0, *row], dtype), of_all="sum", shape=[None, *row])
+        self.rows = local_variable(tf.zeros([0], tf.int64), of_all="first", shape=[None])
+        self.held = local_variable(0, tf.int64, of_all="first")
 
     def state(self) -> list[tf.Variable]:
         """The variables in one order."""
@@ -79,23 +87,33 @@ class SparseSum(AutoTrackable):  # type: ignore[misc]
         """What is stored."""
         # Gathered, because to read the variables whole would copy them whole.
         held = tf.range(self.held)
-        values, rows = tf.gather(self.slices, held), tf.gather(self.rows, held)
+        values, rows = tf.gather(here(self.slices), held), tf.gather(here(self.rows), held)
         return tf.IndexedSlices(values, rows, tf.constant(self._dense_shape, tf.int64))
+
+    def scale(self, factor: tf.Tensor) -> None:
+        """Turn what is stored into other units."""
+        self.slices.assign(self.slices * tf.cast(factor, self.slices.dtype))
+
+    def spread(self) -> None:
+        """Have all replicas hold the same slices: of each its part."""
+        held = self.read()
+        values = gathered(held.values) / count_replicas()
+        self.put(tf.IndexedSlices(values, gathered(held.indices), held.dense_shape))
 
     def _write(self, gradient: Gradient, start: tf.Tensor) -> None:
         """Write a gradient behind the first slices."""
         slices = as_slices(gradient)
         end = start + tf.size(slices.indices, tf.int64)
-        room = tf.raw_ops.VariableShape(input=self.rows.handle, out_type=tf.int64)[0]
+        room = tf.raw_ops.VariableShape(input=here(self.rows).handle, out_type=tf.int64)[0]
         rarely(end > room, lambda: self._make_room(start, tf.maximum(end, 2 * room)))
         places = tf.range(start, end)
         for variable, values in ((self.slices, slices.values), (self.rows, slices.indices)):
             values = tf.cast(values, variable.dtype)
-            variable.scatter_update(tf.IndexedSlices(values, places))
+            here(variable).scatter_update(tf.IndexedSlices(values, places))
         self.held.assign(end)
 
     def _make_room(self, held: tf.Tensor, room: tf.Tensor) -> None:
         for variable in (self.slices, self.rows):
-            kept = tf.gather(variable, tf.range(held))
+            kept = tf.gather(here(variable), tf.range(held))
             free = tf.zeros([room - held, *variable.shape[1:]], variable.dtype)
             variable.assign(tf.concat([kept, free], 0))

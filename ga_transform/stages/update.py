@@ -10,33 +10,58 @@ import tensorflow as tf
 from ga_transform._keras import reference_of
 from ga_transform.loss_terms import MEAN
 from ga_transform.numerics import Gradient, added, map_values, widened
+from ga_transform.replicas import count_replicas, decide, summed
 from ga_transform.stages.books import Share
 
-__all__ = ["Update", "make_update", "update_with"]
+__all__ = ["Update", "make_update"]
 
 #: Applies the gradients of an update; None where a variable has none.
 Update = Callable[[list[Optional[Gradient]], list[tf.Variable]], None]
 
 
-def update_with(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
-    """Make the update of a window of one, which nothing has stored, if it weighs anything."""
+def make_update(
+    variables: Sequence[tf.Variable],
+    shares: Sequence[Share],
+    update: Update,
+    otherwise: Optional[Callable[[], None]] = None,
+) -> None:
+    """Add up what the replicas hold, and make the update, if there is anything to make it of.
 
-    def make() -> tf.Tensor:
-        make_update(variables, shares, update)
-        return tf.constant(0)
-
-    weighs_anything = tf.add_n([share.weight for share in shares]) > 0
-    tf.cond(weighs_anything, make, lambda: tf.constant(0))
-
-
-def make_update(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
-    """Divide what is to be divided, add up the kinds, and make the update.
+    Without rows, or without a valid one, there is not.
 
     Args:
         variables: What the optimizer was handed, with a gradient or without.
         shares: What a window holds, one share for each kind of loss.
         update: Makes the update.
+        otherwise: Is called where there is nothing.
     """
+    shares = _of_all_replicas(shares)
+    weighs_anything = tf.add_n([share.weight for share in shares]) > 0
+    decide(weighs_anything, lambda: _make(variables, shares, update), otherwise)
+
+
+def _of_all_replicas(shares: Sequence[Share]) -> list[Share]:
+    """The sums of all replicas, exchanged together.
+
+    tf_keras divides means by the number of replicas, for optimizers to add up: so the weights are
+    divided by it, too.
+    """
+    if count_replicas() == 1:
+        return list(shares)
+    gradients = [gradient for share in shares for gradient in share.gradients.values()]
+    # In a dtype of theirs, so that weights need no exchange of their own.
+    dtype = gradients[0].dtype if gradients else tf.float64
+    weights = [tf.cast(share.weight, dtype) for share in shares]
+    totals = iter(summed([*weights, *gradients]))
+    weights = [tf.cast(next(totals), tf.float64) / count_replicas() for _ in shares]
+    return [
+        share._replace(gradients={each: next(totals) for each in share.gradients}, weight=weight)
+        for share, weight in zip(shares, weights)
+    ]
+
+
+def _make(variables: Sequence[tf.Variable], shares: Sequence[Share], update: Update) -> None:
+    """Divide what is to be divided, add up the kinds, and make the update."""
     gradients: dict[Any, Gradient] = {}
     for share in shares:
         divide = _division(share)

@@ -1,0 +1,216 @@
+"""Replicas: what accumulation asks of `tf.distribute`.
+
+Each replica of a model sums the gradients of its own micro-batches, in variables of its own, so
+that nothing is exchanged between updates. With the last batch of a window the sums of all
+replicas are added up, once; what an optimizer does with them concerns all replicas together.
+
+On one device everything here is what it would be without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import tensorflow as tf
+
+from ga_transform.numerics import Gradient, map_values, rarely
+
+__all__ = [
+    "all_together",
+    "apply_summed",
+    "count_replicas",
+    "decide",
+    "divided",
+    "gathered",
+    "here",
+    "is_summed",
+    "local_variable",
+    "run_on_replicas",
+    "scope_of",
+    "summed",
+]
+
+Action = Callable[[], Any]
+
+#: How optimizers, new and legacy, are told that gradients are summed already.
+_SKIPS, _AGGREGATES = "skip_gradients_aggregation", "experimental_aggregate_gradients"
+
+#: What a file holds of the variables that replicas have of their own.
+_AGGREGATIONS = {
+    "sum": tf.VariableAggregation.SUM,
+    "mean": tf.VariableAggregation.MEAN,
+    "first": tf.VariableAggregation.ONLY_FIRST_REPLICA,
+}
+
+
+def local_variable(
+    value: Any, dtype: Optional[tf.DType] = None, *, of_all: str, shape: Any = None
+) -> tf.Variable:
+    """A variable that each replica has of its own.
+
+    Args:
+        value: At the beginning, on each replica.
+        dtype: Of the variable.
+        of_all: What is read outside of replicas, and written in files: the "sum" of what they
+            hold, the "mean", or that of the "first", where all hold the same. What is assigned
+            there, or restored, is divided among them so that the same would be read again.
+        shape: Where it may change.
+    """
+    return tf.Variable(
+        value,
+        trainable=False,
+        dtype=dtype,
+        shape=shape,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=_AGGREGATIONS[of_all],
+    )
+
+
+def here(variable: Any) -> Any:
+    """Of a variable that each replica has of its own, that of the replica which runs."""
+    get = getattr(variable, "_get_on_device_or_primary", None)
+    return variable if get is None else get()
+
+
+def count_replicas() -> int:
+    """Among how many replicas the rows of a batch are divided."""
+    return int(tf.distribute.get_strategy().num_replicas_in_sync)
+
+
+def scope_of(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Have variables be made as those of a model, also while it is run on replicas."""
+    if tf.distribute.has_strategy():
+        return contextlib.nullcontext()
+    return model.distribute_strategy.scope()  # type: ignore[no-any-return]
+
+
+def run_on_replicas(model: Any, function: Action) -> None:
+    """Run a function on each replica of a model, from outside."""
+    model.distribute_strategy.run(function)
+
+
+def decide(condition: tf.Tensor, then: Action, otherwise: Optional[Action] = None) -> None:
+    """Do one thing or another, on all replicas alike.
+
+    Optimizers and `all_reduce` bring the replicas together, which they cannot within a condition
+    of one of them: so the replicas come together first, and decide in common.
+
+    Args:
+        condition: The same on all replicas. Shape: scalar, bool.
+        then, otherwise: Change variables, and return nothing.
+    """
+    context = tf.distribute.get_replica_context()
+    if _needs_no_merge(context):
+        if otherwise is None:
+            rarely(condition, then)
+        else:
+            tf.cond(condition, lambda: _done(then), lambda: _done(otherwise))
+        return
+    if tf.get_static_value(condition) is True:
+        then()
+        return
+
+    def merge(strategy: Any, condition: Any, then: Any, otherwise: Any) -> None:
+        def on_replicas(action: Any) -> tf.Tensor:
+            if action is not None:
+                strategy.extended.call_for_each_replica(_call, args=(action,))
+            return tf.constant(0)
+
+        common = strategy.experimental_local_results(condition)[0]
+        tf.cond(common, lambda: on_replicas(then), lambda: on_replicas(otherwise))
+
+    context.merge_call(merge, args=(condition, then, otherwise))
+
+
+def all_together(action: Action) -> None:
+    """Do something once for all replicas: to variables of which they hold the same."""
+    context = tf.distribute.get_replica_context()
+    if _needs_no_merge(context):
+        action()
+    else:
+        context.merge_call(lambda _: action())
+
+
+def summed(gradients: Sequence[Gradient]) -> list[Gradient]:
+    """Gradients and other tensors, summed over the replicas, in one exchange for each dtype."""
+    if count_replicas() == 1:
+        return list(gradients)
+    context = tf.distribute.get_replica_context()
+    found: dict[int, Gradient] = {}
+    places = sorted(range(len(gradients)), key=lambda place: gradients[place].dtype.name)
+    for _, group in itertools.groupby(places, key=lambda place: gradients[place].dtype.name):
+        same = list(group)
+        found.update(zip(same, context.all_reduce("sum", [gradients[place] for place in same])))
+    return [found[place] for place in range(len(gradients))]
+
+
+def is_summed(apply_gradients: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether a call of an optimizer says that its gradients are summed over replicas already.
+
+    Args:
+        apply_gradients: The optimizer's own method.
+        args, kwargs: What it is given beside the gradients.
+    """
+    given = inspect.signature(apply_gradients).bind(None, *args, **kwargs)
+    said = {**given.arguments, **given.arguments.get("kwargs", {})}
+    return bool(said.get(_SKIPS)) or said.get(_AGGREGATES) is False
+
+
+def apply_summed(
+    apply_gradients: Callable[..., Any],
+    grads_and_vars: Sequence[tuple[Optional[Gradient], tf.Variable]],
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """Call an optimizer with gradients that are summed over replicas already.
+
+    Args:
+        apply_gradients: The optimizer's own method.
+        grads_and_vars: The same on all replicas.
+        args, kwargs: What it is given beside them.
+    """
+    if count_replicas() > 1 and not is_summed(apply_gradients, args, kwargs):
+        signature = inspect.signature(apply_gradients)
+        call = signature.bind(None, *args, **kwargs)
+        if _SKIPS in signature.parameters:
+            call.arguments[_SKIPS] = True
+        elif _AGGREGATES in signature.parameters:
+            call.arguments[_AGGREGATES] = False
+        else:  # it adds up what all replicas hand it
+            grads_and_vars = [(g if g is None else divided(g), v) for g, v in grads_and_vars]
+        args, kwargs = call.args[1:], call.kwargs
+    apply_gradients(grads_and_vars, *args, **kwargs)
+
+
+def divided(gradient: Gradient) -> Gradient:
+    """What each replica has of a sum over replicas, if all have the same."""
+    count = count_replicas()
+    return gradient if count == 1 else map_values(lambda values: values / count, gradient)
+
+
+def gathered(rows: tf.Tensor) -> tf.Tensor:
+    """The rows that all replicas have, one after the other."""
+    if count_replicas() == 1:
+        return rows
+    return tf.distribute.get_replica_context().all_gather(rows, axis=0)
+
+
+def _needs_no_merge(context: Any) -> bool:
+    """Whether replicas need not be brought together in Python to do something in common."""
+    strategy = context.strategy
+    if isinstance(strategy, tf.distribute.OneDeviceStrategy) or not tf.distribute.has_strategy():
+        return True
+    return not strategy.extended._use_merge_call()
+
+
+def _call(action: Action) -> None:
+    action()
+
+
+def _done(action: Action) -> tf.Tensor:
+    action()
+    return tf.constant(0)
