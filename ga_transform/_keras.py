@@ -52,9 +52,10 @@ __all__ = [
     "has_sum_losses",
     "held_by",
     "held_sum_losses",
+    "is_built_under",
+    "is_default",
     "is_keras_own",
     "is_of_keras",
-    "is_on_one_device",
     "is_optimizer",
     "is_preprocessing",
     "metrics_of",
@@ -233,12 +234,14 @@ def has_functional_init(model_class: type) -> bool:
     )
 
 
-def is_on_one_device(strategy: tf.distribute.Strategy) -> bool:
-    """Whether a model under this strategy has neither replicas nor workers."""
-    default = "_DefaultDistributionStrategy"
-    return (
-        isinstance(strategy, tf.distribute.OneDeviceStrategy) or type(strategy).__name__ == default
-    )
+def is_built_under(model: Any, strategy: tf.distribute.Strategy) -> bool:
+    """Whether a model was built in the scope of a strategy."""
+    return model._distribution_strategy is strategy
+
+
+def is_default(strategy: tf.distribute.Strategy) -> bool:
+    """Whether a strategy is that of models which are built under none."""
+    return type(strategy).__name__ == "_DefaultDistributionStrategy"
 
 
 def is_keras_own(model: Any, mixin: type, method: str) -> bool:

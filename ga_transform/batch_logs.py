@@ -18,7 +18,6 @@ from tf_keras import metrics as keras_metrics
 
 from ga_transform import _graphs, _keras
 from ga_transform.loss_terms import SUM, LossCall, LossTerm, is_by_rows
-from ga_transform.replicas import count_replicas
 
 __all__ = ["Kept", "keep_logs", "keep_loss", "take_slices"]
 
@@ -230,7 +229,7 @@ def take_slices(model: Any, share: Callable[[], tf.Tensor]) -> Iterator[None]:
             if replacement is not None:
                 update_state = functools.partial(replacement, metric, share)
                 stack.enter_context(_replaced(metric, "update_state", update_state))
-            if count_replicas() > 1:
+            if tf.distribute.has_strategy():
                 result = functools.partial(_result_of_replica, metric)
                 stack.enter_context(_replaced(metric, "result", result))
 

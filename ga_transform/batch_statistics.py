@@ -205,10 +205,10 @@ class Pools(AutoTrackable):  # type: ignore[misc]
         if count_replicas() == 1 or not pools:
             return
         totals = summed([total for pool in pools for total in pool.totals()])
-        of_pools = [totals[start : start + 3] for start in range(0, len(totals), 3)]
-        spreads = summed([pool.spreads(*of_all[1:]) for pool, of_all in zip(pools, of_pools)])
-        for pool, of_all, spread in zip(pools, of_pools, spreads):
-            pool.take(*of_all, spread)
+        elements, weights, means = totals[::3], totals[1::3], totals[2::3]
+        spreads = summed([pool.spreads(*each) for pool, *each in zip(pools, weights, means)])
+        for pool, *of_all in zip(pools, elements, weights, means, spreads):
+            pool.take(*of_all)
 
     def move(self) -> None:
         """Move the moving statistics towards what is pooled, pass by pass."""

@@ -25,6 +25,7 @@ from ga_transform.models import (
     become_plain,
     taken_names,
 )
+from ga_transform.replicas import scope_of
 from ga_transform.rewrites import check_rewrites
 from ga_transform.rewrites.batch_norm import warn_of_batch_norm
 from ga_transform.rewrites.loss_scale import hand_on_scaling, undo_scaling
@@ -38,6 +39,7 @@ from ga_transform.specs import (
     Transform,
 )
 from ga_transform.stages import check_stages
+from ga_transform.strategies import check_strategy
 
 __all__ = ["accumulating", "make_accumulating", "strip_accumulating"]
 
@@ -88,7 +90,7 @@ def make_accumulating(
         ValueError: An argument or the chain breaks a rule, or the model is converted already
             or cannot be copied.
         NotImplementedError: This version does not carry out what is asked for:
-            `whole_batch_loss`, or several devices.
+            `whole_batch_loss`, or the model's strategy.
 
     Example:
         >>> import tf_keras, ga_transform as ga
@@ -250,16 +252,18 @@ def _convert(owner: str, model: Any, chain: Chain, inplace: bool) -> Any:
                 "Call strip_accumulating on it first."
             )
     _check_available(chain)
+    check_strategy(owner, model, chain)
     _check_rows_are_free(model, chain)
     check_rewrites(chain, model)
     check_stages([*chain.micro_batch_stages, *chain.update_stages], model)
     if chain.gathers and (chain.find(BatchNorm) or BatchNorm("keep")).mode == "keep":
         warn_of_batch_norm(model)
     _warn_of_taken_names(model)
-    if not inplace:
-        model = clone_with_state(model, type(model))
-    become_accumulating(model, chain)
-    _check_precisions_agree(model, chain)
+    with scope_of(model):
+        if not inplace:
+            model = clone_with_state(model, type(model))
+        become_accumulating(model, chain)
+        _check_precisions_agree(model, chain)
     return model
 
 

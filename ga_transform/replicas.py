@@ -18,6 +18,7 @@ from typing import Any, Optional
 import tensorflow as tf
 
 from ga_transform.numerics import Gradient, map_values, rarely
+from ga_transform.transient import TransientVariable
 
 __all__ = [
     "all_together",
@@ -48,9 +49,14 @@ _AGGREGATIONS = {
 
 
 def local_variable(
-    value: Any, dtype: Optional[tf.DType] = None, *, of_all: str, shape: Any = None
+    value: Any,
+    dtype: Optional[tf.DType] = None,
+    *,
+    of_all: str,
+    shape: Any = None,
+    is_shared: bool = False,
 ) -> tf.Variable:
-    """A variable that each replica has of its own.
+    """A variable that each replica has of its own, and each worker of parameter servers.
 
     Args:
         value: At the beginning, on each replica.
@@ -59,7 +65,11 @@ def local_variable(
             hold, the "mean", or that of the "first", where all hold the same. What is assigned
             there, or restored, is divided among them so that the same would be read again.
         shape: Where it may change.
+        is_shared: Whether workers of parameter servers share it after all.
     """
+    has_servers = isinstance(tf.distribute.get_strategy(), tf.distribute.ParameterServerStrategy)
+    if has_servers and not is_shared:
+        return TransientVariable(value, dtype, shape)
     return tf.Variable(
         value,
         trainable=False,
@@ -140,6 +150,8 @@ def summed(gradients: Sequence[Gradient]) -> list[Gradient]:
     if count_replicas() == 1:
         return list(gradients)
     context = tf.distribute.get_replica_context()
+    # Placed on the replica's device, from which TensorFlow tells where the sums are to be.
+    gradients = [tf.nest.map_structure(tf.identity, g, expand_composites=True) for g in gradients]
     found: dict[int, Gradient] = {}
     places = sorted(range(len(gradients)), key=lambda place: gradients[place].dtype.name)
     for _, group in itertools.groupby(places, key=lambda place: gradients[place].dtype.name):

@@ -30,9 +30,9 @@ class Skips:
         self._guards_updates = guards_updates
         self._lower_scale = lower_scale
         with tf.init_scope():
-            self._windows = local_variable(0, tf.int64, of_all="first")
+            self._windows = local_variable(0, tf.int64, of_all="first", is_shared=True)
             # What a replica leaves out is its own; a file's sum is divided among replicas.
-            self._micro_batches = local_variable(0, tf.float64, of_all="sum")
+            self._micro_batches = local_variable(0, tf.float64, of_all="sum", is_shared=True)
             #: Of the window that is filled now.
             self._left_out = local_variable(0, tf.float64, of_all="sum")
 
