@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.ops.control_flow_v2_func_graphs import (
     CondBranchFuncGraph,
     ControlFlowFuncGraph,
@@ -18,6 +19,7 @@ __all__ = [
     "condition_of",
     "current_graph",
     "graphs_within",
+    "is_compiled",
     "is_function",
     "is_loop",
     "is_symbolic",
@@ -38,6 +40,11 @@ def graphs_within(outer: Any) -> list[Any]:
         graphs.append(graph)
         graph = getattr(graph, "outer_graph", None)
     return graphs
+
+
+def is_compiled() -> bool:
+    """Whether XLA compiles what is traced, for this machine or for a TPU."""
+    return bool(GraphOrParentsInXlaContext(current_graph()))
 
 
 def is_function(graph: Any) -> bool:

@@ -166,8 +166,7 @@ def train_in_slices(
     Returns:
         The logs of the batch.
     """
-    is_compiled = bool(model.jit_compile) and not tf.executing_eagerly()
-    slices = Slices(batch, micro_batch_size, has_fixed_size=is_compiled)
+    slices = Slices(batch, micro_batch_size, has_fixed_size=_graphs.is_compiled())
 
     def run(index: tf.Tensor, tensors: list[Any]) -> _Outcome:
         data = slices.pack(tensors)

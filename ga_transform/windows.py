@@ -185,7 +185,6 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             window = Window(
                 self.accumulate.steps,
                 is_split=self._is_split,
-                keep_sparse=not self._jit_compile,
                 keep_size=is_in_float16(self.chain) or _keras.computes_in_float16(self._model()),
                 skips=Skips(
                     guards_updates=self._is_asked_to_skip or is_scaled(optimizer),

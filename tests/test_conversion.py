@@ -407,23 +407,6 @@ def test_a_model_that_holds_a_converted_one_is_refused():
         ga.make_accumulating(model, 2)
 
 
-def test_a_model_under_a_strategy_of_several_devices_is_refused():
-    """What this version cannot do is said before anything is changed."""
-    with tf.distribute.MirroredStrategy(["/cpu:0"]).scope():
-        model = tf_keras.Sequential([tf_keras.Input([3]), layers.Dense(1)], name="mirrored")
-    text = (
-        "make_accumulating.model must be on one device in this version; got 'mirrored' under "
-        "MirroredStrategy. Build and convert it outside the strategy's scope."
-    )
-    with pytest.raises(NotImplementedError, match=f"^{re.escape(text)}$"):
-        ga.make_accumulating(model, 2)
-    with tf.distribute.OneDeviceStrategy("/cpu:0").scope():
-        model = small(optimizer="sgd", loss="mse")
-    model = ga.make_accumulating(model, 2)
-    model.fit(np.ones([4, 3]), np.ones([4, 1]), batch_size=1, verbose=0)
-    assert int(model.optimizer.iterations) == 2
-
-
 def test_batch_norm_is_named_in_a_warning():
     """What couples rows is outside the law, and said so by name."""
     model = tf_keras.Sequential(

@@ -12,6 +12,7 @@ from typing import Any, Optional, Union
 
 import tensorflow as tf
 
+from ga_transform._graphs import is_compiled
 from ga_transform._keras import AutoTrackable
 from ga_transform.layouts import SumLayout
 from ga_transform.numerics import all_finite
@@ -29,8 +30,6 @@ class Window(AutoTrackable):  # type: ignore[misc]
     Args:
         steps: Batches a window, or a schedule by updates.
         is_split: Whether each batch is several micro-batches, and not one.
-        keep_sparse: Whether gradients that arrive as slices are stored as slices. The number
-            of their rows varies, which XLA does not allow of a variable.
         keep_size: Whether weighted gradients must keep their usual size, which is all that
             float16 can hold.
         skips: What is done about gradients that are not finite.
@@ -41,7 +40,6 @@ class Window(AutoTrackable):  # type: ignore[misc]
         steps: Union[int, Mapping[int, int]],
         *,
         is_split: bool,
-        keep_sparse: bool,
         keep_size: bool,
         skips: Skips,
     ) -> None:
@@ -50,7 +48,6 @@ class Window(AutoTrackable):  # type: ignore[misc]
         self._starts = tuple(sorted(schedule))
         self._steps = tuple(schedule[start] for start in self._starts)
         self._is_split = is_split
-        self._keep_sparse = keep_sparse
         self._keep_size = keep_size
         self.skips = self._no_dependency(skips)
         self._books = self._no_dependency({})
@@ -335,7 +332,9 @@ class Window(AutoTrackable):  # type: ignore[misc]
         """
         has_grown = False
         for share in shares:
-            has_grown |= self._book(share.kind).open(share, variables, self._keep_sparse)
+            # The rows of slices vary in number, which XLA does not allow of a variable.
+            keep_sparse = not is_compiled()
+            has_grown |= self._book(share.kind).open(share, variables, keep_sparse)
         return has_grown
 
     def _book(self, kind: str) -> Book:
