@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import conversion, growth, memory, plot, sparse, speed
+from benchmarks import conversion, growth, memory, plot, scaling, sparse, speed
 from benchmarks.machine import machine, versions
 from benchmarks.report import Outcome, printed, record
 
 FOLDER = Path(__file__).parent
-BENCHMARKS = ("speed", "sparse", "memory", "conversion", "growth", "plot")
+BENCHMARKS = ("speed", "sparse", "memory", "conversion", "growth", "scaling", "plot")
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
         "memory": memory.run,
         "conversion": conversion.run,
         "growth": growth.run,
+        "scaling": scaling.run,
         "plot": partial(plot.run, path=arguments.plot),
     }
     about: dict[str, Any] = {

@@ -5,14 +5,16 @@ Run as ``python -m benchmarks.processes MODULE FUNCTION ARGUMENTS`` by `ask`, an
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 __all__ = ["ask_or_note", "line_of"]
 
@@ -38,32 +40,92 @@ def ask(function: Callable[..., Any], **arguments: Any) -> Any:
         function: One of the top level of a module; it imports TensorFlow by itself.
         **arguments: As JSON has them, and so is what is returned.
     """
+    _tell(function, arguments)
+    return _result(_started(function, arguments), limit=None)
+
+
+def ask_workers(workers: int, function: Callable[..., Any], **arguments: Any) -> Any:
+    """What a function returns in the first of several processes, which all run it.
+
+    Args:
+        workers: How many; `tf.distribute` finds them in `TF_CONFIG`.
+        function, **arguments: As for `ask`.
+    """
+    _tell(function, arguments)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(workers)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+    started = []
+    try:
+        for index in range(workers):
+            task = {"type": "worker", "index": index}
+            config = json.dumps({"cluster": {"worker": addresses}, "task": task})
+            started.append(_started(function, arguments, TF_CONFIG=config))
+        results = [_result(process, limit=1800) for process in started]
+        return results[0]
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def _tell(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
     shown = ", ".join(str(argument) for argument in arguments.values())
     print(f"  {function.__module__}.{function.__name__}({shown})", file=sys.stderr, flush=True)
+
+
+def _started(
+    function: Callable[..., Any], arguments: dict[str, Any], **environment: str
+) -> subprocess.Popen[str]:
     question = [function.__module__, function.__name__, json.dumps(arguments)]
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.processes", *question],
         cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
+        env={**os.environ, **ENVIRONMENT, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+
+
+def _result(process: subprocess.Popen[str], limit: Optional[float]) -> Any:
+    """What a process has printed last.
+
+    Args:
+        process: It is waited for.
+        limit: For how many seconds.
+    """
+    try:
+        output, errors = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        raise ProcessFailedError(f"no result after {error.timeout} s") from error
+    if process.returncode:
+        lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
         raise ProcessFailedError(lines[-1].strip())
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(output.splitlines()[-1])
 
 
-def ask_or_note(notes: list[str], case: str, function: Callable[..., Any], **arguments: Any) -> Any:
+def ask_or_note(
+    notes: list[str],
+    case: str,
+    function: Callable[..., Any],
+    *,
+    workers: Optional[int] = None,
+    **arguments: Any,
+) -> Any:
     """What `ask` returns; or None, and a note of what went wrong.
 
     Args:
         notes: Takes the note.
         case: What the note begins with.
+        workers: How many run it, as for `ask_workers`; None for `ask`.
         function, **arguments: As for `ask`.
     """
     try:
+        if workers is not None:
+            return ask_workers(workers, function, **arguments)
         return ask(function, **arguments)
     except ProcessFailedError as error:
         notes.append(f"{case}: {error}")

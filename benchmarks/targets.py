@@ -48,6 +48,7 @@ TARGETS: dict[tuple[str, ...], Target] = {
     ("conversion", "converted / plain"): Target(1.3),
     ("conversion", "split / plain"): Target(1.3),
     ("conversion", "graph nodes, most / fewest"): Target(1.0),
+    ("scaling", "gradient reductions an update, converted"): Target(1.0),
     ("growth", "traces after the first epoch"): Target(0.0),
 }
 
