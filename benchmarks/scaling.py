@@ -43,11 +43,14 @@ def run(is_quick: bool) -> Outcome:
     """For each window, converted beside plain at the same rows an update."""
     model, rounds, updates = (QUICK_MODEL, 3, 4) if is_quick else (MODEL, 9, 8)
     figures, raw = [], {}
+    contenders = (
+        "plain takes as many batches with an update each; the large batch has as many rows as a "
+        "window, and as many reductions as converted"
+    )
+    formula = f"reductions x 2 (n - 1) / n x 8 x bytes / bandwidth, n = {RECKONED_WORKERS}"
     notes = [
-        f"{WORKERS} workers on one machine, {model}; plain takes as many batches with an update "
-        "each; the large batch has as many rows as a window, and as many reductions as converted",
-        "on the wire: reductions x 2 (n - 1) / n x 8 x bytes / bandwidth, "
-        f"n = {RECKONED_WORKERS}; reckoned, not measured",
+        f"{WORKERS} workers on one machine, {model}; {contenders}",
+        f"on the wire: {formula}; reckoned, not measured",
     ]
     for steps in QUICK_STEPS if is_quick else STEPS:
         case = f"accum_steps={steps}"
