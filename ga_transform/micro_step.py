@@ -18,6 +18,7 @@ from ga_transform.diversion import divert, running
 from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
 from ga_transform.numerics import Gradient, added, all_finite, map_values, values_of, widened
+from ga_transform.optimizer_state import iterations_of
 from ga_transform.replicas import decide
 from ga_transform.rewrites.batch_norm import Statistics
 from ga_transform.rewrites.loss_scale import has_scaled, is_in_float16
@@ -238,7 +239,7 @@ class MicroStep:
         else:
             self._held.shares.append(share)
             self._held.add = add
-        return getattr(optimizer, "iterations", None)
+        return iterations_of(optimizer)
 
     def _staged(self, gradients: list[Gradient], variables: list[tf.Variable]) -> list[Gradient]:
         """What the stages before `Accumulate` make of a micro-batch's gradients."""

@@ -16,6 +16,7 @@ __all__ = [
     "build_for",
     "copy_optimizer_state",
     "is_legacy",
+    "iterations_of",
     "keys_built_for",
     "mend_wrapper",
     "positions_built_for",
@@ -26,6 +27,12 @@ __all__ = [
 def state_of(optimizer: Any) -> list[tf.Variable]:
     """All that an optimizer has gathered: iterations, slots, and what is in no list of it."""
     return [*_listed(optimizer), *beside_lists(optimizer)]
+
+
+def iterations_of(optimizer: Any) -> Optional[tf.Variable]:
+    """An optimizer's count of updates, if it has one."""
+    with tf.init_scope():  # legacy ones make it when they are first asked
+        return getattr(optimizer, "iterations", None)
 
 
 def beside_lists(optimizer: Any) -> list[tf.Variable]:

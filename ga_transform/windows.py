@@ -19,7 +19,12 @@ from ga_transform.errors import InexactWarning
 from ga_transform.layouts import Call, OptimizerLayout, StateLayout, Turn, WindowLayout, plain_call
 from ga_transform.neighbours import couplings_of, pass_counters_of
 from ga_transform.numerics import Gradient
-from ga_transform.optimizer_state import build_for, mend_wrapper, positions_built_for
+from ga_transform.optimizer_state import (
+    build_for,
+    iterations_of,
+    mend_wrapper,
+    positions_built_for,
+)
 from ga_transform.replicas import (
     apply_summed,
     divided,
@@ -149,7 +154,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         """Of a window of the model's first optimizer, what a batch is. Shape: scalar, float64."""
         if self._first is None:
             return tf.ones([], tf.float64)
-        steps = self.open(self._first).steps_at(getattr(self._first, "iterations", None))
+        steps = self.open(self._first).steps_at(iterations_of(self._first))
         return 1.0 / tf.cast(steps, tf.float64)
 
     def end_statistics(self) -> None:
@@ -227,7 +232,9 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 handed = [
                     (final.get(_keras.reference_of(variable)), variable) for variable in variables
                 ]
-                with running(None):  # an optimizer made of others calls theirs
+                # An optimizer made of others calls theirs; and a replica may be in another thread
+                # here than its step, which has none of what that has entered.
+                with running(None), _keras.tracing_once([optimizer]):
                     apply_summed(undiverted(optimizer), handed, args, kwargs)
 
             skips.guard(given, make)
@@ -254,7 +261,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             for follow in followers:
                 follow()
 
-        iterations = getattr(optimizer, "iterations", None)
+        iterations = iterations_of(optimizer)
         window.end_batch(variables, iterations, update_and_follow, slices, present)
 
     def remember(self, handed: Handed) -> None:

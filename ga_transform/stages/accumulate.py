@@ -88,17 +88,13 @@ class Window(AutoTrackable):  # type: ignore[misc]
         )
 
     def stores_nothing(self, slice_index: Optional[tf.Tensor] = None) -> tf.Tensor:
-        """Whether the window is empty, or has left out all it was given. Shape: scalar, bool.
+        """Whether all that the window was given weighed nothing. Shape: scalar, bool.
 
         Args:
             slice_index: As in `is_empty`.
         """
-        if not self.skips.leaves_out:
-            return self.is_empty(slice_index)
-        given = self.micro_batches.read_value()
-        if slice_index is not None:
-            given += tf.cast(slice_index, given.dtype)
-        return tf.equal(given, self.skips.left_out)
+        weights = [book.weight.read_value() for book in self._books.values()]
+        return self.is_empty(slice_index) | (tf.add_n(weights) <= 0 if weights else False)
 
     def relative(self, weight: tf.Tensor, slice_index: Optional[tf.Tensor] = None) -> tf.Tensor:
         """A weight in units of the window: of one element, or of its first micro-batch.
@@ -109,7 +105,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
             return tf.cast(weight > 0, weight.dtype)
         if not self._keep_size:
             return weight
-        usual = tf.where(self.is_empty(slice_index), weight, self.reference)
+        usual = tf.where(self.stores_nothing(slice_index), weight, self.reference)
         return weight / tf.where(usual > 0, usual, tf.ones_like(usual))
 
     def lacking(self, present: Container[Any]) -> list[tf.Variable]:
@@ -151,32 +147,33 @@ class Window(AutoTrackable):  # type: ignore[misc]
         given = {share.kind: share for share in shares}
         has_grown = self._open(shares, variables)
 
-        def write(given: Mapping[str, Share]) -> tf.Tensor:
+        def put() -> tf.Tensor:
             if self._keep_size:
                 self.reference.assign(weight)
             for book in self._books.values():
                 book.put(given.get(book.kind))
             return tf.constant(0)
 
-        def put() -> tf.Tensor:
-            return write(given)
-
         def add() -> tf.Tensor:
             for share in shares:
                 self._books[share.kind].add(share)
             return tf.constant(0)
 
-        is_empty = self.is_empty(slice_index)
-
         def leave_out() -> tf.Tensor:
-            self.skips.leave_out()
-            return tf.cond(is_empty, lambda: write({}), lambda: tf.constant(0))
+            for book in self._books.values():
+                book.weight.assign(tf.where(is_empty, tf.zeros_like(book.weight), book.weight))
+            return tf.constant(0)
 
+        is_empty = self.is_empty(slice_index)
+        # Gradients of no rows are whatever was in memory, of some operations.
+        counts = tf.add_n([share.weight for share in shares]) > 0
         if self.skips.leaves_out:
             gradients = [each for share in shares for each in share.gradients.values()]
-            tf.cond(all_finite(gradients), lambda: tf.cond(is_empty, put, add), leave_out)
-        else:
-            tf.cond(is_empty, put, add)
+            is_finite = all_finite(gradients)
+            self.skips.leave_out(counts & ~is_finite)
+            counts &= is_finite
+        place = tf.where(counts, tf.where(self.stores_nothing(slice_index), 0, 1), 2)
+        tf.switch_case(place, [put, add, leave_out])
         if slice_index is None:
             self.micro_batches.assign_add(1)
         return has_grown

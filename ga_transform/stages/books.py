@@ -29,7 +29,10 @@ class Share(NamedTuple):
     def times(self, factor: tf.Tensor) -> Share:
         """The share in other units."""
         gradients = {
-            reference: map_values(lambda values: values * tf.cast(factor, values.dtype), gradient)
+            reference: map_values(
+                lambda values: tf.math.multiply_no_nan(values, tf.cast(factor, values.dtype)),
+                gradient,
+            )
             for reference, gradient in self.gradients.items()
         }
         return self._replace(gradients=gradients, weight=self.weight * factor)

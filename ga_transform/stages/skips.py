@@ -48,15 +48,10 @@ class Skips:
         for variable, count in zip(self._variables(), counts):
             variable.assign(count)
 
-    def leave_out(self) -> None:
-        """Count a micro-batch that is left out."""
-        self._micro_batches.assign_add(1)
-        self._left_out.assign_add(1)
-
-    @property
-    def left_out(self) -> tf.Tensor:
-        """How many micro-batches of this window are left out. Shape: scalar, int64."""
-        return tf.cast(self._left_out.read_value(), tf.int64)
+    def leave_out(self, is_left_out: tf.Tensor) -> None:
+        """Count a micro-batch, if it is left out."""
+        for count in (self._micro_batches, self._left_out):
+            count.assign_add(tf.cast(is_left_out, count.dtype))
 
     def skip(self) -> None:
         """Count a window whose update is not made."""

@@ -48,6 +48,8 @@ def _of_all_replicas(shares: Sequence[Share]) -> list[Share]:
     """
     if count_replicas() == 1:
         return list(shares)
+    # Where nothing weighs anything, gradients are whatever was in memory.
+    shares = [share.times(tf.cast(share.weight > 0, tf.float64)) for share in shares]
     gradients = [gradient for share in shares for gradient in share.gradients.values()]
     # In a dtype of theirs, so that weights need no exchange of their own.
     dtype = gradients[0].dtype if gradients else tf.float64
