@@ -19,7 +19,7 @@ from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
 from ga_transform.numerics import Gradient, added, all_finite, map_values, values_of, widened
 from ga_transform.optimizer_state import iterations_of
-from ga_transform.replicas import decide
+from ga_transform.replicas import count_replicas, decide
 from ga_transform.rewrites.batch_norm import Statistics
 from ga_transform.rewrites.loss_scale import has_scaled, is_in_float16
 from ga_transform.specs import Precision
@@ -121,6 +121,9 @@ class MicroStep:
             self._windows.warn_of_silence()
 
     # ---- the loss ------------------------------------------------------------------------
+    #
+    # Losses of replicas are divided by their number, for optimizers to add up. What windows hold is
+    # free of that, so that it may go on with another number of replicas.
 
     def weighed(self, loss: Any) -> Any:
         """The loss times the micro-batch's weight, where that may be done before its gradient.
@@ -137,13 +140,13 @@ class MicroStep:
         optimizer = self.model.optimizer
         window = self._windows.open(optimizer)
         is_sum = self._kind(optimizer) == SUM
-        if is_sum or window.is_single or self._windows.chain.micro_batch_stages:
+        if is_sum or window.weighs_alike or self._windows.chain.micro_batch_stages:
             return loss
         weight = self._weighting.weight(MEAN)
         # Rounded as the loss is, so that sum and divisor hold the same weights.
         relative = tf.cast(window.relative(weight, self._slice_index()), loss.dtype)
         self._weighed_by = weight, tf.cast(relative, tf.float64)
-        return loss * relative
+        return loss * (relative * count_replicas())
 
     def losses_by_kind(self) -> dict[str, tf.Tensor]:
         """The loss as a sum and a mean, each weighed as its kind demands.
@@ -176,7 +179,7 @@ class MicroStep:
             relative = window.relative(weight, self._slice_index())
             self._weighed_by = weight, relative
             mean = total_of(means + of_weights)
-            by_kind[MEAN] = mean * tf.cast(relative, mean.dtype)
+            by_kind[MEAN] = mean * tf.cast(relative * count_replicas(), mean.dtype)
         return by_kind
 
     # ---- the statistics of batch normalisation ---------------------------------------------
@@ -225,8 +228,8 @@ class MicroStep:
         else:
             weight, relative = self._weighed_by
         gradients = self._staged([g for g, _ in pairs if g is not None], present)
-        if kind == MEAN and self._weighed_by is None and not window.is_single:
-            gradients = [_times(gradient, relative) for gradient in gradients]
+        if kind == MEAN and self._weighed_by is None and not window.weighs_alike:
+            gradients = [_times(gradient, relative * count_replicas()) for gradient in gradients]
         handed = Handed(optimizer, turn, [variable for _, variable in pairs], args, kwargs)
 
         def add(shares: list[Share]) -> None:

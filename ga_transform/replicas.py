@@ -156,8 +156,25 @@ def summed(gradients: Sequence[Gradient]) -> list[Gradient]:
     places = sorted(range(len(gradients)), key=lambda place: gradients[place].dtype.name)
     for _, group in itertools.groupby(places, key=lambda place: gradients[place].dtype.name):
         same = list(group)
-        found.update(zip(same, context.all_reduce("sum", [gradients[place] for place in same])))
+        found.update(zip(same, _all_reduced(context, [gradients[place] for place in same])))
     return [found[place] for place in range(len(gradients))]
+
+
+def _all_reduced(context: Any, tensors: list[Gradient]) -> Sequence[Gradient]:
+    """Tensors of one dtype, summed over the replicas.
+
+    As `ReplicaContext.all_reduce` does it, without a gradient of its own that SavedModels trace.
+    """
+    if _needs_no_merge(context):
+        add_up = context.strategy.extended._replica_ctx_all_reduce
+        return add_up(tf.distribute.ReduceOp.SUM, tensors)  # type: ignore[no-any-return]
+
+    def merge(strategy: Any, *tensors: Any) -> Any:
+        # Of one replica a process they are tensors, whose devices say where the sums are to be.
+        pairs = [(t, t.device if isinstance(t, tf.Tensor) else t) for t in tensors]
+        return strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, pairs)
+
+    return context.merge_call(merge, args=tensors)  # type: ignore[no-any-return]
 
 
 def is_summed(apply_gradients: Callable[..., Any], args: Any, kwargs: Any) -> bool:

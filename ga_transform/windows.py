@@ -355,6 +355,12 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
     # ---- in files --------------------------------------------------------------------------
 
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        if tf.executing_eagerly():
+            self.spread()  # before any variable is read
+        children: dict[str, Any] = super()._trackable_children(save_type, **kwargs)
+        return children
+
     def written(self) -> StateLayout:
         """The layout of the windows, and of what the optimizers have slots for.
 

@@ -71,6 +71,11 @@ class Window(AutoTrackable):  # type: ignore[misc]
         return not (self._is_split or self._crosses_batches)
 
     @property
+    def weighs_alike(self) -> bool:
+        """Whether a micro-batch is all that an update is made of, so that its weight is none."""
+        return self.is_single and count_replicas() == 1
+
+    @property
     def _crosses_batches(self) -> bool:
         return set(self._steps) != {1}
 
@@ -101,7 +106,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
 
         Shape: scalar.
         """
-        if self.is_single:
+        if self.weighs_alike:
             return tf.cast(weight > 0, weight.dtype)
         if not self._keep_size:
             return weight

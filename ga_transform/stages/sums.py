@@ -97,8 +97,10 @@ class SparseSum(AutoTrackable):  # type: ignore[misc]
     def spread(self) -> None:
         """Have all replicas hold the same slices: of each its part."""
         held = self.read()
-        values = gathered(held.values) / count_replicas()
-        self.put(tf.IndexedSlices(values, gathered(held.indices), held.dense_shape))
+        rows = gathered(held.indices)
+        self.slices.assign(gathered(held.values) / count_replicas())
+        self.rows.assign(rows)
+        self.held.assign(tf.size(rows, tf.int64))
 
     def _write(self, gradient: Gradient, start: tf.Tensor) -> None:
         """Write a gradient behind the first slices."""

@@ -41,11 +41,7 @@ def make_update(
 
 
 def _of_all_replicas(shares: Sequence[Share]) -> list[Share]:
-    """The sums of all replicas, exchanged together.
-
-    tf_keras divides means by the number of replicas, for optimizers to add up: so the weights are
-    divided by it, too.
-    """
+    """The sums of all replicas, exchanged together."""
     if count_replicas() == 1:
         return list(shares)
     # Where nothing weighs anything, gradients are whatever was in memory.
@@ -55,7 +51,7 @@ def _of_all_replicas(shares: Sequence[Share]) -> list[Share]:
     dtype = gradients[0].dtype if gradients else tf.float64
     weights = [tf.cast(share.weight, dtype) for share in shares]
     totals = iter(summed([*weights, *gradients]))
-    weights = [tf.cast(next(totals), tf.float64) / count_replicas() for _ in shares]
+    weights = [tf.cast(next(totals), tf.float64) for _ in shares]
     return [
         share._replace(gradients={each: next(totals) for each in share.gradients}, weight=weight)
         for share, weight in zip(shares, weights)
