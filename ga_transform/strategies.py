@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from ga_transform import _keras
 from ga_transform.chain import Chain
-from ga_transform.specs import Accumulate
+from ga_transform.specs import Accumulate, Split
 
 __all__ = ["check_strategy"]
 
@@ -30,7 +30,8 @@ def check_strategy(owner: str, model: Any, chain: Chain) -> None:
         chain: What is to be done to it.
 
     Raises:
-        ValueError: The model was built outside of the scope that it is converted in.
+        ValueError: The model was built outside of the scope that it is converted in, or has
+            layers that cannot be run in slices on several replicas.
         NotImplementedError: The strategy, or accumulation under it, is not supported.
     """
     strategy = model.distribute_strategy
@@ -61,6 +62,21 @@ def check_strategy(owner: str, model: Any, chain: Chain) -> None:
             f"{owner} must be under a strategy that is known here; got {model.name!r} under "
             f"{type(strategy).__name__}. Build it under MirroredStrategy, MultiWorkerMirroredStrategy, TPUStrategy, "
             "OneDeviceStrategy or (with micro_batch_size) ParameterServerStrategy."
+        )
+    _check_replicas_are_free(model, chain)
+
+
+def _check_replicas_are_free(model: Any, chain: Chain) -> None:
+    """Layers that wait for those of other replicas cannot do so amidst slices."""
+    if chain.find(Split) is None or model.distribute_strategy.num_replicas_in_sync == 1:
+        return
+    layers = _keras.flatten_layers(model)
+    names = [layer.name for layer in layers if getattr(layer, "synchronized", False)]
+    if names:
+        raise ValueError(
+            "Split must be given a model without synchronized batch normalisation where there are "
+            f"several replicas; got {', '.join(names)} in {model.name!r}. Use accum_steps, or "
+            "synchronized=False with batch_norm='pooled'."
         )
 
 
