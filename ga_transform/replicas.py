@@ -202,7 +202,7 @@ def apply_summed(
         grads_and_vars: The same on all replicas.
         args, kwargs: What it is given beside them.
     """
-    if count_replicas() > 1 and not is_summed(apply_gradients, args, kwargs):
+    if tf.distribute.has_strategy() and not is_summed(apply_gradients, args, kwargs):
         signature = inspect.signature(apply_gradients)
         call = signature.bind(None, *args, **kwargs)
         if _SKIPS in signature.parameters:

@@ -66,15 +66,21 @@ def test_a_strategy_of_one_device(make_strategy, jit_compile, micro_batch_size):
 @pytest.mark.parametrize("micro_batch_size", [None, 2], ids=["batches", "split"])
 def test_xla_compiles_the_step_of_a_replica(micro_batch_size):
     """All of it, at sizes that are known, and without a call of the host."""
-    model = ga.make_accumulating(
-        network(), 2, micro_batch_size=micro_batch_size, agc=True, batch_norm="pooled"
-    )
-    step = tf.function(model.train_step, jit_compile=True)
-    x, y = (tf.constant(part, tf.float32) for part in batch(np.random.default_rng(0), 4))
+    strategy = MIRRORED[1]()
+    with strategy.scope():
+        model = ga.make_accumulating(
+            network(), 2, micro_batch_size=micro_batch_size, agc=True, batch_norm="pooled"
+        )
+
+    @tf.function(jit_compile=True)
+    def step(x, y):
+        strategy.run(model.train_step, args=((x, y),))
+
+    data = [tf.constant(part, tf.float32) for part in batch(np.random.default_rng(0), 4)]
     for _ in range(2):
-        step((x, y))
-    assert int(model.optimizer.iterations) == 1
-    compiled = step.experimental_get_compiler_ir((x, y))(stage="hlo")
+        step(*data)
+    assert model.optimizer.iterations.numpy() == 1
+    compiled = step.experimental_get_compiler_ir(*data)(stage="hlo")
     assert "while" in compiled or micro_batch_size is None
     assert "conditional" in compiled
     sizes_that_vary = re.findall(r"\[[\d,]*<=", compiled)
@@ -128,6 +134,27 @@ def test_a_strategy_that_is_not_known_is_refused():
     )
     with pytest.raises(NotImplementedError, match=f"^{re.escape(text)}$"):
         ga.make_accumulating(model, 2)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_layers_that_wait_for_replicas_are_refused_in_slices(micro_batch_size, monkeypatch):
+    """And with whole batches they are not."""
+    strategy = MIRRORED[1]()
+    monkeypatch.setattr(type(strategy), "num_replicas_in_sync", 2)
+    with strategy.scope():
+        norm = tf_keras.layers.BatchNormalization(synchronized=True, name="bn")
+        layers = [tf_keras.Input([4]), norm]
+        model = tf_keras.Sequential(layers, name="net")
+    if micro_batch_size is None:
+        ga.make_accumulating(model, 2, batch_norm="pooled")
+        return
+    text = (
+        "Split must be given a model without synchronized batch normalisation where there are "
+        "several replicas; got bn in 'net'. Use accum_steps, or synchronized=False with "
+        "batch_norm='pooled'."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        ga.make_accumulating(model, micro_batch_size=micro_batch_size)
 
 
 def test_dtensor_is_refused():
