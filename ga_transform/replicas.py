@@ -120,7 +120,7 @@ def decide(condition: tf.Tensor, then: Action, otherwise: Optional[Action] = Non
         else:
             tf.cond(condition, lambda: _done(then), lambda: _done(otherwise))
         return
-    if tf.get_static_value(condition) is True:
+    if tf.get_static_value(condition):
         then()
         return
 
@@ -184,6 +184,8 @@ def is_summed(apply_gradients: Callable[..., Any], args: Any, kwargs: Any) -> bo
         apply_gradients: The optimizer's own method.
         args, kwargs: What it is given beside the gradients.
     """
+    if not tf.distribute.has_strategy():
+        return False
     given = inspect.signature(apply_gradients).bind(None, *args, **kwargs)
     said = {**given.arguments, **given.arguments.get("kwargs", {})}
     return bool(said.get(_SKIPS)) or said.get(_AGGREGATES) is False
@@ -217,8 +219,9 @@ def apply_summed(
 
 def divided(gradient: Gradient) -> Gradient:
     """What each replica has of a sum over replicas, if all have the same."""
-    count = count_replicas()
-    return gradient if count == 1 else map_values(lambda values: values / count, gradient)
+    if count_replicas() == 1:
+        return gradient
+    return map_values(lambda values: values / count_replicas(), gradient)
 
 
 def gathered(rows: tf.Tensor) -> tf.Tensor:
