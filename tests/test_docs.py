@@ -76,6 +76,18 @@ def check_mixed_precision(output):
     assert "Conv2D float16, Flatten float16, Dense float16, Dense float32\n" in output
 
 
+def check_multi_worker(output):
+    """Both workers end where one process does; gradients go between them with updates alone."""
+    workers = re.findall(r"^worker (\d) +(\S+)$", output, re.MULTILINE)
+    assert [number for number, _ in workers] == ["0", "1"]
+    assert len({difference for _, difference in workers}) == 1
+    assert float(workers[0][1]) < 1e-5
+    (gradients,) = re.findall(r"Gradients are ([\d,]+) bytes", output)
+    sent = re.findall(r"^with(?:out)? an update +([\d,]+)$", output, re.MULTILINE)
+    without, with_update, gradients = (int(n.replace(",", "")) for n in (*sent, gradients))
+    assert without < gradients < with_update
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("example", "arguments", "check"),
@@ -83,6 +95,7 @@ def check_mixed_precision(output):
         ("own_transform", [], check_own_transform),
         ("batch_norm", ["--epochs", "1"], check_batch_norm),
         ("mixed_precision", ["--epochs", "3", "--seeds", "1"], check_mixed_precision),
+        ("multi_worker", ["--epochs", "1"], check_multi_worker),
     ],
 )
 def test_the_examples_run(example, arguments, check, tmp_path):

@@ -1,0 +1,54 @@
+"""MirroredStrategy on several devices: each module of `mirrored/` in a process of its own.
+
+A process has as many logical devices as it has asked for before TensorFlow starts.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).with_name("mirrored")
+MODULES = ["laws", "stages", "ways", "precision", "batch_norm", "saving"]
+#: In seconds; a trace on old versions of TensorFlow takes long.
+BOUND = 1800
+
+
+def tail_of(output):
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+    return text[-6000:]
+
+
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("module", MODULES)
+def test_mirrored(module, devices):
+    """Every test of the module holds."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--show-capture=no", *plugins]
+    try:
+        done = subprocess.run(
+            [*command, FOLDER / f"{module}.py"],
+            env={**own, "LOGICAL_CPUS": str(devices)},
+            cwd=FOLDER.parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=BOUND,
+        )
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(
+            f"{module} on {devices} devices was not done in {BOUND} s: {tail_of(error.output)}"
+        )
+    assert done.returncode == 0, tail_of(done.stdout)
+
+
+def test_every_module_is_run():
+    """None is forgotten here: those with tests are in the list."""
+    with_tests = {
+        path.stem for path in FOLDER.glob("*.py") if "\ndef test_" in path.read_text("utf-8")
+    }
+    assert with_tests == set(MODULES)
