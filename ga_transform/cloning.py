@@ -122,7 +122,8 @@ def _clone_from_config(layer: Any) -> Any:
             f"{type(layer).__name__} {layer.name!r}, which cannot. {REMEDY}"
         ) from error
     if isinstance(layer, _keras.BatchNormalizationBase):
-        own_layer.fused = layer.fused  # stands in no config, and takes other variances
+        # Stand in no config, and take other statistics.
+        own_layer.fused, own_layer.synchronized = layer.fused, layer.synchronized
     return own_layer
 
 

@@ -1,6 +1,7 @@
 """Training by several processes, each of which is a worker of a `MultiWorkerMirroredStrategy`."""
 
 import itertools
+import random
 import re
 import socket
 import subprocess
@@ -248,7 +249,7 @@ def test_workers_go_on_from_the_file_of_one_process(team, tmp_path, name, kind):
 # ---- killed --------------------------------------------------------------------------------------
 
 
-def killed_and_undisturbed(folder, size, moments, index, save_freq):
+def killed_and_undisturbed(folder, size, moments, index, save_freq, after=0.0):
     """The results of workers of whom one was killed so often, and of some that were left alone.
 
     A cluster manager does what is done here: where one worker has gone, it ends the others, and
@@ -264,6 +265,7 @@ def killed_and_undisturbed(folder, size, moments, index, save_freq):
                 save_freq=save_freq,
                 index=index,
                 dies_at=moment,
+                after=after,
             )
     with Team(size, folder / "last team") as team:
         undisturbed = team.do("crashes.train")
@@ -296,6 +298,15 @@ def test_workers_are_killed_again_and_again(tmp_path, size, save_freq):
     """The first of them, which writes the backups."""
     moments = [5, 8, 11, 15]
     ours, undisturbed = killed_and_undisturbed(tmp_path, size, moments, 0, save_freq)
+    assert_ends_as_undisturbed(ours, undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_worker_is_killed_at_any_moment(tmp_path, index):
+    """While it computes, waits for the other, or writes a backup."""
+    after = random.Random(index).uniform(0.01, 0.2)
+    ours, undisturbed = killed_and_undisturbed(tmp_path, TWO, [4, 7, 10], index, 1, after)
     assert_ends_as_undisturbed(ours, undisturbed)
 
 

@@ -115,7 +115,7 @@ def load(place, path, make, **way):
 
 
 def train_plain(make, weights, windows):
-    """Plain tf_keras, and how its weights were at first."""
+    """A plain model that has trained on each window as one batch."""
     plain = make()
     plain.set_weights(weights)
     plain.run_eagerly = True

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import cases
 import numpy as np
@@ -27,8 +28,12 @@ def build():
     return ga.make_accumulating(laws.build(law, law.optimizer), STEPS)
 
 
-def train(strategy, folder=None, save_freq=None, index=None, dies_at=None):
-    """`fit`, with backups in a folder if there is one; a worker dies at a batch of all epochs."""
+def train(strategy, folder=None, save_freq=None, index=None, dies_at=None, after=0.0):
+    """`fit`, with backups in a folder if there is one.
+
+    A worker dies so many seconds after a batch of all epochs, in a backup or in the next batch; or
+    at once, before the backup.
+    """
     tf_keras.backend.set_floatx("float64")
     task = strategy.cluster_resolver.task_id
     with strategy.scope():
@@ -45,7 +50,10 @@ def train(strategy, folder=None, save_freq=None, index=None, dies_at=None):
         nonlocal trained
         trained += 1
         if task == index and int(model._train_counter.numpy()) == dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if after:
+                threading.Timer(after, os.kill, [os.getpid(), signal.SIGKILL]).start()
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def make(context):
         kinds = cases.dataset([batch(0, 0), batch(1, 0)]).element_spec
