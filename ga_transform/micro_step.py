@@ -17,7 +17,15 @@ from ga_transform import _graphs, _keras
 from ga_transform.diversion import divert, running
 from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
-from ga_transform.numerics import Gradient, added, all_finite, map_values, values_of, widened
+from ga_transform.numerics import (
+    Gradient,
+    added,
+    all_finite,
+    map_values,
+    times,
+    values_of,
+    widened,
+)
 from ga_transform.optimizer_state import iterations_of
 from ga_transform.replicas import count_replicas, decide
 from ga_transform.rewrites.batch_norm import Statistics
@@ -161,13 +169,16 @@ class MicroStep:
         means += [share(loss) for loss in _keras.activation_losses(self.model)]
         of_weights = [share(loss) for loss in _keras.weight_losses(self.model)]
         window = self._windows.open(self.model.optimizer)
-        if of_weights and not means:
-            # Once a window, and beside a sum nothing divides it: the first brings it along.
+        if of_weights and not means and count_replicas() == 1:
+            # Once a window, and beside a sum nothing divides it: the first brings it along. (Of
+            # several replicas, which may have no rows, none would know that it is the first.)
             first = window.stores_nothing(self._slice_index())
             sums += [tf.where(first, loss, tf.zeros_like(loss)) for loss in of_weights]
+            of_weights = []
         by_kind = (
             {SUM: total_of([tf.reduce_sum(loss) for loss in sums])} if sums else {}
         )  # a target may be absent
+        means += of_weights
         if means:
             if self._windows.chain.micro_batch_stages:
                 raise ValueError(
@@ -178,7 +189,7 @@ class MicroStep:
             weight = self._weighting.weight(MEAN)
             relative = window.relative(weight, self._slice_index())
             self._weighed_by = weight, relative
-            mean = total_of(means + of_weights)
+            mean = total_of(means)
             by_kind[MEAN] = mean * tf.cast(relative * count_replicas(), mean.dtype)
         return by_kind
 
@@ -229,7 +240,9 @@ class MicroStep:
             weight, relative = self._weighed_by
         gradients = self._staged([g for g, _ in pairs if g is not None], present)
         if kind == MEAN and self._weighed_by is None and not window.weighs_alike:
-            gradients = [_times(gradient, relative * count_replicas()) for gradient in gradients]
+            # What weighs nothing adds nothing: its own mean may have been 0 / 0.
+            factor = relative * count_replicas()
+            gradients = [times(widened(gradient), factor) for gradient in gradients]
         handed = Handed(optimizer, turn, [variable for _, variable in pairs], args, kwargs)
 
         def add(shares: list[Share]) -> None:
@@ -411,11 +424,3 @@ def _by_reference(
             gradient if earlier is None else added(earlier, gradient, variable)
         )
     return found
-
-
-def _times(gradient: Gradient, weight: tf.Tensor) -> Gradient:
-    # What weighs nothing adds nothing: its own mean may have been 0 / 0.
-    return map_values(
-        lambda values: tf.math.multiply_no_nan(values, tf.cast(weight, values.dtype)),
-        widened(gradient),
-    )

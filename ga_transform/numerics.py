@@ -23,6 +23,7 @@ __all__ = [
     "rarely",
     "squared_norm",
     "sum_repeated_rows",
+    "times",
     "unitwise_norm",
     "values_of",
     "widened",
@@ -91,6 +92,13 @@ def widened(gradient: Gradient) -> Gradient:
     if gradient.dtype in (tf.float16, tf.bfloat16):
         return map_values(lambda values: tf.cast(values, tf.float32), gradient)
     return gradient
+
+
+def times(gradient: Gradient, factor: tf.Tensor) -> Gradient:
+    """A gradient times a number; zeros where that is zero, whatever the gradient is."""
+    return map_values(
+        lambda values: tf.math.multiply_no_nan(values, tf.cast(factor, values.dtype)), gradient
+    )
 
 
 def all_finite(gradients: Sequence[Gradient]) -> tf.Tensor:

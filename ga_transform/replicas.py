@@ -32,6 +32,7 @@ __all__ = [
     "local_variable",
     "run_on_replicas",
     "scope_of",
+    "sum_here",
     "summed",
 ]
 
@@ -84,6 +85,11 @@ def here(variable: Any) -> Any:
     """Of a variable that each replica has of its own, that of the replica which runs."""
     get = getattr(variable, "_get_on_device_or_primary", None)
     return variable if get is None else get()
+
+
+def sum_here(variable: Any) -> float:
+    """The sum of what the replicas of this process have, which waits for no other process."""
+    return sum(float(each.numpy()) for each in getattr(variable, "values", [variable]))
 
 
 def count_replicas() -> int:

@@ -186,7 +186,10 @@ class Accumulating:
 
     @_Shown
     def skipped_micro_batches(self) -> int:
-        """How many micro-batches were left out of their windows (`on_nonfinite="micro_batch"`)."""
+        """How many micro-batches were left out of their windows (`on_nonfinite="micro_batch"`).
+
+        Of several workers, each knows its own.
+        """
         return self._skipped(1)
 
     def _skipped(self, kind: int) -> int:

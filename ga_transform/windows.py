@@ -137,8 +137,8 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
     @property
     def skipped(self) -> tuple[int, int]:
-        """Windows whose update was skipped, and micro-batches that were left out."""
-        counts = [window.skips.counts for window in self._windows.values()]
+        """Windows whose update was skipped, and micro-batches that were left out, here."""
+        counts = [window.skips.counts_here for window in self._windows.values()]
         return sum(each[0] for each in counts), sum(each[1] for each in counts)
 
     def is_begun(self, slice_index: Optional[tf.Tensor] = None) -> tf.Tensor:

@@ -259,14 +259,14 @@ class Window(AutoTrackable):  # type: ignore[misc]
 
     def spread(self) -> None:
         """Divide what all replicas hold evenly among them, so that files can add it up."""
+        unit = tf.ones([], tf.float64)
         if self._keep_size:
             (total,) = summed([self._unit()])
             common = total / count_replicas()
-            for book in self._books.values():
-                book.scale(self._unit() / common)
+            unit = self._unit() / common
             self.reference.assign(common)
         for book in self._books.values():
-            book.spread()
+            book.spread(unit)
 
     def layout(self, positions: Mapping[Any, int]) -> Optional[dict[str, list[SumLayout]]]:
         """By kind, the sums that are stored; none where the window holds no micro-batch.

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from ga_transform._keras import AutoTrackable, reference_of
 from ga_transform.layouts import SumLayout
-from ga_transform.numerics import Gradient, map_values, widened
+from ga_transform.numerics import Gradient, times, widened
 from ga_transform.replicas import local_variable
 from ga_transform.stages.sums import DenseSum, SparseSum
 
@@ -28,13 +28,7 @@ class Share(NamedTuple):
 
     def times(self, factor: tf.Tensor) -> Share:
         """The share in other units."""
-        gradients = {
-            reference: map_values(
-                lambda values: tf.math.multiply_no_nan(values, tf.cast(factor, values.dtype)),
-                gradient,
-            )
-            for reference, gradient in self.gradients.items()
-        }
+        gradients = {each: times(gradient, factor) for each, gradient in self.gradients.items()}
         return self._replace(gradients=gradients, weight=self.weight * factor)
 
 
@@ -98,16 +92,17 @@ class Book(AutoTrackable):  # type: ignore[misc]
         }
         return Share(self.kind, gradients, self.weight.read_value())
 
-    def scale(self, factor: tf.Tensor) -> None:
-        """Turn all that is stored into other units."""
-        self.weight.assign(self.weight * factor)
-        for stored in self._sums.values():
-            stored.scale(factor)
+    def spread(self, unit: tf.Tensor) -> None:
+        """Have what replicas hold be such that files can add it up.
 
-    def spread(self) -> None:
-        """Divide what the replicas hold of sparse sums evenly among them."""
+        Args:
+            unit: In which this replica has stored it, relative to all. Shape: scalar, float64.
+        """
+        # Where nothing weighs anything, what is stored is of another window.
+        factor = tf.where(self.weight > 0, unit, tf.zeros_like(unit))
         for stored in self._sums.values():
-            stored.spread()
+            stored.spread(factor)
+        self.weight.assign(self.weight * unit)
 
     def layout(self, positions: Mapping[Any, int]) -> Optional[list[SumLayout]]:
         """Where the sums belong; None, if it cannot be said of one of them."""

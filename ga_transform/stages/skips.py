@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from ga_transform.numerics import Gradient, all_finite
-from ga_transform.replicas import all_together, decide, local_variable, summed
+from ga_transform.replicas import all_together, decide, local_variable, sum_here, summed
 
 __all__ = ["Skips"]
 
@@ -37,8 +37,17 @@ class Skips:
             self._left_out = local_variable(0, tf.float64, of_all="sum")
 
     @property
+    def counts_here(self) -> tuple[int, int]:
+        """Skipped windows, and micro-batches left out by the replicas of this process."""
+        with tf.init_scope():
+            return int(self._windows.numpy()), round(sum_here(self._micro_batches))
+
+    @property
     def counts(self) -> tuple[int, int, int]:
-        """Skipped windows, and micro-batches left out: of all windows, and of the present one."""
+        """Skipped windows, and micro-batches left out: of all windows, and of the present one.
+
+        Of all replicas, so that all processes have to ask.
+        """
         with tf.init_scope():
             windows, micro_batches, left_out = (int(each.numpy()) for each in self._variables())
             return windows, micro_batches, left_out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from ga_transform._keras import AutoTrackable
-from ga_transform.numerics import Gradient, as_dense, as_slices, map_values, rarely
+from ga_transform.numerics import Gradient, as_dense, as_slices, map_values, rarely, times
 from ga_transform.replicas import count_replicas, gathered, here, local_variable
 
 __all__ = ["DenseSum", "SparseSum"]
@@ -41,12 +41,9 @@ class DenseSum(AutoTrackable):  # type: ignore[misc]
         """What is stored."""
         return tf.convert_to_tensor(self.values)
 
-    def scale(self, factor: tf.Tensor) -> None:
-        """Turn what is stored into other units."""
-        self.values.assign(self.values * tf.cast(factor, self.values.dtype))
-
-    def spread(self) -> None:
-        """Nothing: files add up what the replicas hold as it is."""
+    def spread(self, factor: tf.Tensor) -> None:
+        """Turn what is stored into units of all replicas; files add it up."""
+        self.values.assign(times(self.values, factor))
 
     def _cast(self, gradient: Gradient) -> Gradient:
         return map_values(lambda values: tf.cast(values, self.values.dtype), gradient)
@@ -90,15 +87,11 @@ class SparseSum(AutoTrackable):  # type: ignore[misc]
         values, rows = tf.gather(here(self.slices), held), tf.gather(here(self.rows), held)
         return tf.IndexedSlices(values, rows, tf.constant(self._dense_shape, tf.int64))
 
-    def scale(self, factor: tf.Tensor) -> None:
-        """Turn what is stored into other units."""
-        self.slices.assign(self.slices * tf.cast(factor, self.slices.dtype))
-
-    def spread(self) -> None:
-        """Have all replicas hold the same slices: of each its part."""
+    def spread(self, factor: tf.Tensor) -> None:
+        """Have all replicas hold the same slices, in units of all: of each its part."""
         held = self.read()
         rows = gathered(held.indices)
-        self.slices.assign(gathered(held.values) / count_replicas())
+        self.slices.assign(gathered(times(held.values, factor)) / count_replicas())
         self.rows.assign(rows)
         self.held.assign(tf.size(rows, tf.int64))
 

@@ -20,6 +20,7 @@ MODELS = {
     "dense": laws.Law(options=OPTIONS),
     "sparse": laws.Law(cases.words, laws.SGD, OPTIONS),
     "split": laws.Law(options={**OPTIONS, "micro_batch_size": 2}),
+    "no rows": laws.Law(options=OPTIONS, short=6),
     "left out": laws.Law(options=LEAVING_OUT, spoilt={(1, 0): 1}),
     "all left out": laws.Law(options=LEAVING_OUT, spoilt={(1, 0): laws.ALL}),
     "pooled": laws.Law(laws.normed, laws.SGD, {**OPTIONS, "batch_norm": "pooled"}),
