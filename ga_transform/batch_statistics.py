@@ -155,6 +155,11 @@ class Pools(AutoTrackable):  # type: ignore[misc]
         self._places: dict[int, int] = self._no_dependency({})
         self.prepare()
 
+    @property
+    def are_there(self) -> bool:
+        """Whether any layer's statistics are pooled."""
+        return bool(self._pools)
+
     def has(self, layer: Any) -> bool:
         """Whether a layer's statistics are pooled here."""
         if id(layer) not in self._places:  # it may have been made, or rewritten, since

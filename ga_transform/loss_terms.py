@@ -16,6 +16,7 @@ import tensorflow as tf
 from tf_keras.losses import Reduction
 
 from ga_transform import _keras
+from ga_transform.replicas import count_replicas
 from ga_transform.rows import count_rows
 
 __all__ = [
@@ -89,16 +90,23 @@ class LossCall(NamedTuple):
     def tell_metrics(self) -> None:
         """Update the metrics of the loss as tf_keras does: a batch weighs its rows."""
         weight = self.rows
-        for term in self.terms:
+        terms = [term._replace(value=term.value * self._parts(term)) for term in self.terms]
+        for term in terms:
             weight = self.rows
             if term.elements is not None and weight is not None:
                 weight *= term.elements
             if term.metric is not None:
                 term.metric.update_state(term.value, sample_weight=weight)
-        parts = [term.weighted for term in self.terms]
+        parts = [term.weighted for term in terms]
         parts += [] if self.regularization is None else [self.regularization]
         if parts:
             self.container._total_loss_mean.update_state(total_of(parts), sample_weight=weight)
+
+    @staticmethod
+    def _parts(term: LossTerm) -> int:
+        """Of how many parts, one a replica, a sum is made, which its metric takes the mean of."""
+        is_sum = term.kind == SUM and term.elements is None
+        return count_replicas() if is_sum else 1
 
 
 @contextmanager

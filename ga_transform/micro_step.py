@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import tensorflow as tf
 
 from ga_transform import _graphs, _keras
-from ga_transform.diversion import divert, running
+from ga_transform.diversion import divert, running, undiverted
 from ga_transform.layouts import Turn
 from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
 from ga_transform.numerics import (
@@ -22,12 +22,13 @@ from ga_transform.numerics import (
     added,
     all_finite,
     map_values,
+    multiplied,
     times,
     values_of,
     widened,
 )
 from ga_transform.optimizer_state import iterations_of
-from ga_transform.replicas import count_replicas, decide
+from ga_transform.replicas import count_replicas, decide, is_summed
 from ga_transform.rewrites.batch_norm import Statistics
 from ga_transform.rewrites.loss_scale import has_scaled, is_in_float16
 from ga_transform.specs import Precision
@@ -238,11 +239,17 @@ class MicroStep:
             relative = window.relative(weight, self._slice_index())
         else:
             weight, relative = self._weighed_by
-        gradients = self._staged([g for g, _ in pairs if g is not None], present)
+        gradients = [gradient for gradient, _ in pairs if gradient is not None]
+        divided_by = count_replicas() if kind == MEAN else 1
+        if self._windows.chain.micro_batch_stages:
+            if not is_summed(undiverted(optimizer), args, kwargs):
+                # Stages see the mean of the replica's own rows.
+                gradients = [multiplied(gradient, divided_by) for gradient in gradients]
+                divided_by = 1
+            gradients = self._staged(gradients, present)
         if kind == MEAN and self._weighed_by is None and not window.weighs_alike:
             # What weighs nothing adds nothing: its own mean may have been 0 / 0.
-            factor = relative * count_replicas()
-            gradients = [times(widened(gradient), factor) for gradient in gradients]
+            gradients = [times(widened(each), relative * divided_by) for each in gradients]
         handed = Handed(optimizer, turn, [variable for _, variable in pairs], args, kwargs)
 
         def add(shares: list[Share]) -> None:
@@ -261,7 +268,7 @@ class MicroStep:
         """What the stages before `Accumulate` make of a micro-batch's gradients."""
         stages = self._windows.chain.micro_batch_stages
         staged = apply_stages(stages, gradients, variables, self.model)
-        if not (stages and gradients):
+        if not gradients:
             return staged
         # What is not finite stays so, whatever a clip makes of it: a window skips it.
         blemish = tf.where(all_finite(gradients), 0.0, float("nan"))

@@ -20,6 +20,7 @@ __all__ = [
     "as_slices",
     "global_norm",
     "map_values",
+    "multiplied",
     "rarely",
     "squared_norm",
     "sum_repeated_rows",
@@ -92,6 +93,11 @@ def widened(gradient: Gradient) -> Gradient:
     if gradient.dtype in (tf.float16, tf.bfloat16):
         return map_values(lambda values: tf.cast(values, tf.float32), gradient)
     return gradient
+
+
+def multiplied(gradient: Gradient, number: float) -> Gradient:
+    """A gradient times a number that is known when a graph is made; itself, if that is one."""
+    return gradient if number == 1 else map_values(lambda values: values * number, gradient)
 
 
 def times(gradient: Gradient, factor: tf.Tensor) -> Gradient:

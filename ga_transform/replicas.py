@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 import tensorflow as tf
 
-from ga_transform.numerics import Gradient, map_values, rarely
+from ga_transform.numerics import Gradient, multiplied, rarely
 from ga_transform.transient import TransientVariable
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "apply_summed",
     "count_replicas",
     "decide",
-    "divided",
     "gathered",
     "here",
     "is_summed",
@@ -218,16 +217,12 @@ def apply_summed(
         elif _AGGREGATES in signature.parameters:
             call.arguments[_AGGREGATES] = False
         else:  # it adds up what all replicas hand it
-            grads_and_vars = [(g if g is None else divided(g), v) for g, v in grads_and_vars]
+            grads_and_vars = [
+                (None if g is None else multiplied(g, 1 / count_replicas()), v)
+                for g, v in grads_and_vars
+            ]
         args, kwargs = call.args[1:], call.kwargs
     apply_gradients(grads_and_vars, *args, **kwargs)
-
-
-def divided(gradient: Gradient) -> Gradient:
-    """What each replica has of a sum over replicas, if all have the same."""
-    if count_replicas() == 1:
-        return gradient
-    return map_values(lambda values: values / count_replicas(), gradient)
 
 
 def gathered(rows: tf.Tensor) -> tf.Tensor:

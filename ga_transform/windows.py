@@ -18,7 +18,7 @@ from ga_transform.diversion import running, undiverted
 from ga_transform.errors import InexactWarning
 from ga_transform.layouts import Call, OptimizerLayout, StateLayout, Turn, WindowLayout, plain_call
 from ga_transform.neighbours import couplings_of, pass_counters_of
-from ga_transform.numerics import Gradient
+from ga_transform.numerics import Gradient, multiplied
 from ga_transform.optimizer_state import (
     build_for,
     iterations_of,
@@ -27,7 +27,7 @@ from ga_transform.optimizer_state import (
 )
 from ga_transform.replicas import (
     apply_summed,
-    divided,
+    count_replicas,
     is_summed,
     local_variable,
     run_on_replicas,
@@ -221,7 +221,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             present = [variable for _, variable in pairs]
             given = [gradient for gradient, _ in pairs]
             if is_summed(undiverted(optimizer), args, kwargs):  # and has been summed again
-                given = list(map(divided, given))
+                given = [multiplied(gradient, 1 / count_replicas()) for gradient in given]
 
             def make() -> None:
                 staged = apply_stages(self.chain.update_stages, given, present, self._model())
@@ -318,7 +318,8 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             if key not in self._flushes:
                 self._flushes[key] = self._flush_function(window, self._updates[key])
             self._flushes[key]()
-        run_on_replicas(self._model(), self.pools.move)
+        if self.pools.are_there:
+            run_on_replicas(self._model(), self.pools.move)
 
     def _flush_function(self, window: Window, update: Update) -> Callable[[], None]:
         def flush() -> None:
