@@ -141,13 +141,10 @@ def decide(condition: tf.Tensor, then: Action, otherwise: Optional[Action] = Non
     context.merge_call(merge, args=(condition, then, otherwise))
 
 
-def all_together(action: Action) -> None:
-    """Do something once for all replicas: to variables of which they hold the same."""
+def all_together(action: Action) -> Any:
+    """Do something once for all replicas, when they have all come here; returns the result."""
     context = tf.distribute.get_replica_context()
-    if _needs_no_merge(context):
-        action()
-    else:
-        context.merge_call(lambda _: action())
+    return action() if _needs_no_merge(context) else context.merge_call(lambda _: action())
 
 
 def summed(gradients: Sequence[Gradient]) -> list[Gradient]:

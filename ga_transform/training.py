@@ -27,7 +27,7 @@ from ga_transform.chain import Chain
 from ga_transform.diversion import current_step
 from ga_transform.loss_terms import widened_outputs
 from ga_transform.micro_step import MicroStep
-from ga_transform.replicas import scope_of
+from ga_transform.replicas import all_together, scope_of
 from ga_transform.rewrites import apply_rewrites, build_for_plain
 from ga_transform.specs import Accumulate, Precision, Split
 from ga_transform.split import Slice, train_in_slices
@@ -71,18 +71,26 @@ class Accumulating:
         """
         if tf.executing_eagerly():
             self._build_ahead(args)
-        self._rewrite()  # layers that were made since
-        windows = self._open_windows()
-        if tf.executing_eagerly():
-            return self._step(windows, args, kwargs)
-        parts, is_built = _keras.count_parts(self), self.built  # type: ignore[attr-defined]
+            self._rewrite()  # layers that were made since
+            return self._step(self._open_windows(), args, kwargs)
+        # Replicas are traced by turns, and must all see the layers as they were before any step.
+        parts, is_built = all_together(self._looked_through)
         with _keras.tracing_once(_keras.optimizers_within(self)):
-            logs = self._step(windows, args, kwargs)
-        is_rewritten = not is_built and self._rewrite()
-        windows.pools.prepare()
-        if is_rewritten or _keras.count_parts(self) > parts:
-            _graphs.trace_again()  # with what the step has made in view from its beginning
+            logs = self._step(self._open_windows(), args, kwargs)
+        all_together(lambda: self._take_into_view(parts, is_built))
         return logs
+
+    def _looked_through(self) -> tuple[int, bool]:
+        """How many parts the model has, rewritten as far as it is built; and whether it is."""
+        self._rewrite()  # layers that were made since
+        return _keras.count_parts(self), self.built  # type: ignore[attr-defined]
+
+    def _take_into_view(self, parts: int, is_built: bool) -> None:
+        """Have a step that has made parts be traced again: it must see them from its beginning."""
+        is_rewritten = not is_built and self._rewrite()
+        self._open_windows().pools.prepare()
+        if is_rewritten or _keras.count_parts(self) > parts:
+            _graphs.trace_again()
 
     def _build_ahead(self, args: Any) -> None:
         """Have the layers that a first eager step makes be there before it, to be rewritten."""

@@ -68,6 +68,48 @@ def test_near_one_device(strategy, policy, split):
     feeding.assert_mirrored(model)
 
 
+class Late(tf_keras.Model):
+    """Its weights are made in its first step."""
+
+    def __init__(self):
+        super().__init__()
+        seeds = iter(range(3))
+        self.parts = [
+            layers.Dense(width, kernel_initializer=tf_keras.initializers.GlorotUniform(next(seeds)))
+            for width in (5, 4, 2)
+        ]
+
+    def call(self, inputs):
+        for part in self.parts:
+            inputs = part(inputs)
+        return inputs
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
+def test_layers_that_are_made_in_the_first_step(strategy, eager):
+    """All replicas train the rewritten model, and none what it was before."""
+
+    def make_late():
+        model = Late()
+        model.compile(tf_keras.optimizers.SGD(0.1), "mse", run_eagerly=eager)
+        return model
+
+    chain = {"transforms": [ga.Precision("mixed_bfloat16"), ga.Accumulate(STEPS)]}
+    with strategy.scope():
+        model = ga.make_accumulating(make_late(), **chain, inplace=True)
+    alone = ga.make_accumulating(
+        make_late(), transforms=[ga.Precision("mixed_bfloat16"), ga.Accumulate(1)], inplace=True
+    )
+    alone.build([None, 4])
+    start = cases.weights_of(alone)
+    windows = windows_of(strategy)
+    feeding.fit(strategy, model, windows)
+    feeding.fit_plain(alone, windows)
+    assert [part.compute_dtype for part in model.parts] == ["bfloat16", "bfloat16", "float32"]
+    cases.assert_same_weights(model, alone, start, 4e-2)
+    feeding.assert_mirrored(model)
+
+
 def test_small_gradients_do_not_vanish(strategy):
     """Weights of micro-batches keep their usual size, whatever the rows of other replicas."""
     policy = ga.Precision("mixed_float16", initial_scale=2.0**10)
