@@ -76,6 +76,37 @@ def assert_the_law(strategy):
     }
 
 
+def assert_rewrites_and_skips(strategy):
+    """Pooled statistics are those of the large batch; what is not finite is skipped and counted."""
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(2, 3, size=[3 * ROWS, WIDTH]), rng.normal(size=[3 * ROWS, 2])
+    y[ROWS + 1] = np.inf
+
+    def normed():
+        norm = tf_keras.layers.BatchNormalization(momentum=0.8)
+        model = tf_keras.Sequential([tf_keras.Input([WIDTH]), norm, tf_keras.layers.Dense(2)])
+        model.compile("sgd", "mse")
+        return model
+
+    plain = normed()
+    for start in range(0, 3 * ROWS, ROWS):
+        plain(x[start : start + ROWS], training=True)
+    with strategy.scope():
+        model = ga.make_accumulating(normed(), micro_batch_size=5, batch_norm="pooled")
+    model.fit(endless(x, y), steps_per_epoch=3, verbose=0)
+    for ours, theirs in zip(model.get_weights()[2:4], plain.get_weights()[2:4]):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+    # A chain without Accumulate guards no update: tf_keras takes what is not finite, too.
+    assert not np.isfinite(model.get_weights()[0]).all()
+    with strategy.scope():
+        chain = [ga.Split(5), ga.Accumulate(1, on_nonfinite="micro_batch")]
+        model = ga.make_accumulating(normed(), transforms=chain)
+    model.fit(endless(x, y), steps_per_epoch=3, verbose=0)
+    assert np.isfinite(model.get_weights()[0]).all()
+    assert model.optimizer.iterations.numpy() == 3
+    assert (model.skipped_windows, model.skipped_micro_batches) == (0, 1)
+
+
 def assert_no_worker_sees_the_gradients_of_another(strategy):
     """Of a loss that is linear in the weights the order of updates does not matter."""
     rng = np.random.default_rng(0)
@@ -121,6 +152,7 @@ def main(workers):
     strategy = strategy_of(workers)
     if workers == 1:
         assert_the_law(strategy)
+        assert_rewrites_and_skips(strategy)
         assert_refused_across_batches(strategy)
     assert_no_worker_sees_the_gradients_of_another(strategy)
     print("all hold")
