@@ -7,8 +7,8 @@ The path of a gradient:
 2. `Accumulating.compute_loss`, here, has the micro-step weigh the loss.
 3. The model hands its gradients to its optimizer, which hands them to the micro-step
    (`micro_step.py`), and this to the optimizer's `Window` (`stages/accumulate.py`).
-4. The window stores them. With its last batch it makes the update: the stages (`stages/`), then
-   the optimizer itself (`windows.py`).
+4. The window stores them. With its last batch it makes the update: the sums of all replicas
+   (`replicas.py`), the stages (`stages/`), then the optimizer itself (`windows.py`).
 """
 
 from __future__ import annotations

@@ -438,3 +438,12 @@ def test_the_way_back(strategy):
     train_plain(plain, single)
     cases.assert_same_weights(stripped, plain, start, 1e-9)
     assert feeding.updates(stripped) == feeding.updates(plain)
+
+
+@pytest.mark.parametrize("way", ["across", "both"])
+def test_replicas_that_are_not_brought_together(strategy, way, monkeypatch):
+    """As on TPUs, and on GPUs whose steps are compiled: each replica exchanges by itself."""
+    monkeypatch.setattr(strategy.extended, "_use_merge_call", lambda: False)
+    make, batch = feeding.maker("dense", cases.OPTIMIZERS["adam"])
+    windows = feeding.make_windows(batch, feeding.rows_of(strategy, "empty"))
+    feeding.assert_law(strategy, make, windows, feeding.WAYS[way])
