@@ -41,7 +41,7 @@ def seconds_of_all_reduce(size: float, workers: int, bits_a_second: float) -> fl
 
 def run(is_quick: bool) -> Outcome:
     """For each window, converted beside plain at the same rows an update."""
-    model, rounds, updates = (QUICK_MODEL, 3, 4) if is_quick else (MODEL, 9, 8)
+    model, rounds, updates = (QUICK_MODEL, 3, 4) if is_quick else (MODEL, 7, 4)
     figures, raw = [], {}
     contenders = (
         "plain takes as many batches with an update each; the large batch has as many rows as a "
