@@ -16,7 +16,7 @@ import tensorflow as tf
 from ga_transform._keras import AutoTrackable
 from ga_transform.layouts import PoolLayout
 from ga_transform.numerics import rarely
-from ga_transform.replicas import count_replicas, decide, local_variable, summed
+from ga_transform.replicas import count_replicas, decide, held_here, local_variable, summed
 from ga_transform.rewrites.batch_norm import PooledBatchNorm, Statistics, batch_norms_of
 
 __all__ = ["Pools"]
@@ -47,9 +47,12 @@ class Pool(AutoTrackable):  # type: ignore[misc]
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing in it, also while a function is traced."""
+        """Whether there is nothing in it, also while a function is traced.
+
+        Here, which is everywhere: in windows that have ended, and where replicas hold even parts.
+        """
         with tf.init_scope():
-            return not self.elements.numpy().any()
+            return not any(each.numpy().any() for each in held_here(self.elements))
 
     def add(self, statistics: Statistics, share: tf.Tensor) -> None:
         """Take in the statistics of a micro-batch.

@@ -26,6 +26,7 @@ __all__ = [
     "count_replicas",
     "decide",
     "gathered",
+    "held_here",
     "here",
     "is_summed",
     "local_variable",
@@ -88,7 +89,12 @@ def here(variable: Any) -> Any:
 
 def sum_here(variable: Any) -> float:
     """The sum of what the replicas of this process have, which waits for no other process."""
-    return sum(float(each.numpy()) for each in getattr(variable, "values", [variable]))
+    return sum(float(each.numpy()) for each in held_here(variable))
+
+
+def held_here(variable: Any) -> Sequence[tf.Variable]:
+    """Of a variable that each replica has of its own, those of this process."""
+    return getattr(variable, "values", [variable])  # type: ignore[no-any-return]
 
 
 def count_replicas() -> int:

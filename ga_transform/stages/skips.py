@@ -46,8 +46,10 @@ class Skips:
     def counts(self) -> tuple[int, int, int]:
         """Skipped windows, and micro-batches left out: of all windows, and of the present one.
 
-        Of all replicas, so that all processes have to ask.
+        Of all replicas: where some may leave micro-batches out, all processes have to ask.
         """
+        if not self.leaves_out:
+            return (*self.counts_here, 0)
         with tf.init_scope():
             windows, micro_batches, left_out = (int(each.numpy()) for each in self._variables())
             return windows, micro_batches, left_out
