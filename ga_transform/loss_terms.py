@@ -8,6 +8,7 @@ reduced: here.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
@@ -38,6 +39,8 @@ MEAN = "mean"
 SUM = "sum"
 
 _ROWS = "rows"
+
+_threads = threading.local()
 
 
 class LossTerm(NamedTuple):
@@ -131,28 +134,31 @@ def record_losses(
     if not recorded:
         yield
         return
-    earlier = container._note, container._withhold, container._widens
-    container._note, container._withhold, container._widens = note, withhold, widens
+    earlier = _listener_of(container)
+    # Of the thread, because replicas have one each, and are traced by turns.
+    vars(_threads)[str(id(container))] = note, withhold, widens
     try:
         yield
     finally:
-        container._note, container._withhold, container._widens = earlier
+        vars(_threads)[str(id(container))] = earlier
+        if earlier is None:
+            del vars(_threads)[str(id(container))]
+
+
+def _listener_of(container: Any) -> Any:
+    """Who listens to a compiled loss in this thread, and how; or None."""
+    return vars(_threads).get(str(id(container)))
 
 
 def stop_recording(container: Any) -> None:
     """Make a compiled loss what it was before it was first recorded."""
     if isinstance(container, _RecordedLosses):
         container.__class__ = _keras.LossesContainer
-        for name in ("_note", "_withhold", "_widens"):
-            container.__dict__.pop(name, None)
 
 
 class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
     """A compiled loss that tells its terms to whoever listens."""
 
-    _note: Optional[Callable[[LossTerm], None]] = None
-    _withhold: Optional[Callable[[LossCall], None]] = None
-    _widens = False
     _losses: Any
     _per_output_metrics: Any
     _total_loss_mean: Any
@@ -164,9 +170,11 @@ class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
         sample_weight: Any = None,
         regularization_losses: Any = None,
     ) -> Any:
-        if self._note is None:
+        listener = _listener_of(self)
+        if listener is None:
             return super().__call__(y_true, y_pred, sample_weight, regularization_losses)
-        if self._widens:
+        tell, withhold, widens = listener
+        if widens:
             y_pred = widened_outputs(y_pred)
         if not self._built:
             self.build(y_pred)
@@ -174,7 +182,7 @@ class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
 
         def note(term: LossTerm) -> None:
             terms.append(term)
-            self._note(term)  # type: ignore[misc]
+            tell(term)
 
         losses, metrics, mean = self._losses, self._per_output_metrics, self._total_loss_mean
         self._losses = [
@@ -183,16 +191,16 @@ class _RecordedLosses(_keras.LossesContainer):  # type: ignore[misc]
                 losses, self._output_names, self._loss_weights, metrics
             )
         ]
-        if self._withhold is not None:
+        if withhold is not None:
             self._per_output_metrics, self._total_loss_mean = [None] * len(metrics), _Deaf()
         try:
             loss = super().__call__(y_true, y_pred, sample_weight, regularization_losses)
         finally:
             self._losses, self._per_output_metrics, self._total_loss_mean = losses, metrics, mean
-        if self._withhold is not None:
+        if withhold is not None:
             regularization = total_of(regularization_losses) if regularization_losses else None
             rows = count_rows(y_true) if terms else None
-            self._withhold(LossCall(self, terms, regularization, rows))
+            withhold(LossCall(self, terms, regularization, rows))
         return loss
 
 

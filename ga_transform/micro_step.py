@@ -283,7 +283,7 @@ class MicroStep:
                 update = self._windows.update_of(
                     handed.optimizer, handed.turn, handed.args, handed.kwargs
                 )
-                make_update(handed.variables, shares, update)
+                make_update(handed.variables, window.in_common_units(shares, weight), update)
                 return
             index = self._slice_index()
             if window.add(handed.variables, shares, weight, index):

@@ -18,6 +18,7 @@ _SYNCHRONOUS = (
     tf.distribute.MirroredStrategy,
     tf.distribute.MultiWorkerMirroredStrategy,
     tf.distribute.TPUStrategy,
+    tf.distribute.experimental.TPUStrategy,
 )
 
 
@@ -50,7 +51,7 @@ def check_strategy(owner: str, model: Any, chain: Chain) -> None:
         )
     if isinstance(strategy, tf.distribute.ParameterServerStrategy):
         accumulate = chain.find(Accumulate)
-        if accumulate is not None and accumulate.steps != 1:
+        if accumulate is not None and accumulate.steps not in (1, {0: 1}):
             raise NotImplementedError(
                 f"Accumulate.steps must be 1 under ParameterServerStrategy; got "
                 f"{accumulate.steps} for {model.name!r}: workers update the weights without "

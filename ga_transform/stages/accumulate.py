@@ -15,6 +15,7 @@ import tensorflow as tf
 from ga_transform._graphs import is_compiled
 from ga_transform._keras import AutoTrackable
 from ga_transform.layouts import SumLayout
+from ga_transform.loss_terms import MEAN
 from ga_transform.numerics import all_finite
 from ga_transform.replicas import count_replicas, decide, local_variable, summed
 from ga_transform.stages.books import Book, Share
@@ -110,8 +111,9 @@ class Window(AutoTrackable):  # type: ignore[misc]
             return tf.cast(weight > 0, weight.dtype)
         if not self._keep_size:
             return weight
-        usual = tf.where(self.stores_nothing(slice_index), weight, self.reference)
-        return weight / tf.where(usual > 0, usual, tf.ones_like(usual))
+        return weight / _positive(
+            tf.where(self.stores_nothing(slice_index), weight, self.reference)
+        )
 
     def lacking(self, present: Container[Any]) -> list[tf.Variable]:
         """The variables that other batches of a window may have a gradient for.
@@ -238,14 +240,20 @@ class Window(AutoTrackable):  # type: ignore[misc]
         update: Update,
     ) -> None:
         totals = [book.total(present) for book in self._books.values()]
-        if self._keep_size and count_replicas() > 1:  # each has had a unit of its own
-            totals = [total.times(self._unit()) for total in totals]
+        totals = self.in_common_units(totals, self.reference.read_value())
         make_update(variables, totals, update, self.skips.skip_if_left_out)
 
-    def _unit(self) -> tf.Tensor:
-        """What weights are relative to, where they must keep their size. Shape: scalar."""
-        usual = self.reference.read_value()
-        return tf.where(usual > 0, usual, tf.ones_like(usual))
+    def in_common_units(self, shares: Sequence[Share], reference: tf.Tensor) -> list[Share]:
+        """What replicas can add up: of means whose weights keep their size, each has its own unit.
+
+        Args:
+            shares: Of this replica.
+            reference: The weight that theirs are relative to. Shape: scalar, float64.
+        """
+        if not self._keep_size or count_replicas() == 1:
+            return list(shares)
+        unit = _positive(reference)
+        return [share.times(unit) if share.kind == MEAN else share for share in shares]
 
     def _close(self, is_last: tf.Tensor) -> None:
         """Begin another window, where this one has had its last batch."""
@@ -261,9 +269,10 @@ class Window(AutoTrackable):  # type: ignore[misc]
         """Divide what all replicas hold evenly among them, so that files can add it up."""
         unit = tf.ones([], tf.float64)
         if self._keep_size:
-            (total,) = summed([self._unit()])
+            own = _positive(self.reference.read_value())
+            (total,) = summed([own])
             common = total / count_replicas()
-            unit = self._unit() / common
+            unit = own / common
             self.reference.assign(common)
         for book in self._books.values():
             book.spread(unit)
@@ -344,3 +353,8 @@ class Window(AutoTrackable):  # type: ignore[misc]
             self._books[kind] = Book(kind)
             setattr(self, f"{kind}_book", self._books[kind])  # checkpointed under this name
         return self._books[kind]  # type: ignore[no-any-return]
+
+
+def _positive(weight: tf.Tensor) -> tf.Tensor:
+    """A weight to be relative to: itself, or one."""
+    return tf.where(weight > 0, weight, tf.ones_like(weight))

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from ga_transform._keras import AutoTrackable, reference_of
 from ga_transform.layouts import SumLayout
+from ga_transform.loss_terms import MEAN
 from ga_transform.numerics import Gradient, times, widened
 from ga_transform.replicas import local_variable
 from ga_transform.stages.sums import DenseSum, SparseSum
@@ -98,6 +99,8 @@ class Book(AutoTrackable):  # type: ignore[misc]
         Args:
             unit: In which this replica has stored it, relative to all. Shape: scalar, float64.
         """
+        if self.kind != MEAN:  # sums are in no unit
+            unit = tf.ones_like(unit)
         # Where nothing weighs anything, what is stored is of another window.
         factor = tf.where(self.weight > 0, unit, tf.zeros_like(unit))
         for stored in self._sums.values():
