@@ -68,6 +68,26 @@ def test_near_one_device(strategy, policy, split):
     feeding.assert_mirrored(model)
 
 
+@pytest.mark.parametrize("chain", [[ga.Accumulate(STEPS)], []], ids=["windows", "none"])
+@pytest.mark.parametrize("loss", ["mse", tf_keras.losses.MeanSquaredError(reduction="sum")])
+def test_units_of_replicas(strategy, chain, loss):
+    """Weights are relative to a replica's own first rows; a sum has none, and all rows count alike."""
+
+    def small():
+        return make(tf_keras.optimizers.SGD(0.01), loss)
+
+    like = small()
+    start = cases.weights_of(like)
+    precision = ga.Precision("mixed_float16", initial_scale=2.0**8)
+    model = converted(strategy, like, precision, *chain, make=small)
+    windows = windows_of(strategy, "uneven")
+    windows = windows if chain else feeding.single(windows)
+    feeding.fit(strategy, model, windows)
+    alone = ga.make_accumulating(like, transforms=[precision, ga.Accumulate(1)])
+    feeding.fit_plain(alone, windows)
+    cases.assert_same_weights(model, alone, start, 5e-3)
+
+
 class Late(tf_keras.Model):
     """Its weights are made in its first step."""
 
