@@ -213,7 +213,6 @@ class Window(AutoTrackable):  # type: ignore[misc]
                 batches = self.batches
                 batches.assign_add(tf.cast(is_last, tf.int64))
             is_last &= batches >= self.steps_at(iterations)
-        if self._crosses_batches:
             present = None  # others may have them
         decide(is_last, lambda: self._make_update(variables, present, update))
         self._close(is_last)
