@@ -118,10 +118,11 @@ def decide(condition: tf.Tensor, then: Action, otherwise: Optional[Action] = Non
     """Do one thing or another, on all replicas alike.
 
     Optimizers and `all_reduce` bring the replicas together, which they cannot within a condition
-    of one of them: so the replicas come together first, and decide in common.
+    of one of them: so the replicas come together first, and decide in common. Where they have no
+    need to, each takes its own condition for that of all.
 
     Args:
-        condition: The same on all replicas. Shape: scalar, bool.
+        condition: Of several replicas, the first one's counts. Shape: scalar, bool.
         then, otherwise: Change variables, and return nothing.
     """
     context = tf.distribute.get_replica_context()
@@ -131,7 +132,7 @@ def decide(condition: tf.Tensor, then: Action, otherwise: Optional[Action] = Non
         else:
             tf.cond(condition, lambda: _done(then), lambda: _done(otherwise))
         return
-    if tf.get_static_value(condition):
+    if not tf.executing_eagerly() and tf.get_static_value(condition):
         then()
         return
 

@@ -324,7 +324,7 @@ def test_a_worker_is_killed_at_any_moment(tmp_path, index):
 @pytest.mark.parametrize("name", ["pending_micro_batches", "skipped_windows"])
 def test_one_worker_reads_alone(make_team, name):
     """Callbacks and logs of the first worker need not wait for the others."""
-    assert make_team(TWO).do("faults.read", name=name, seconds=20) == [0, None]
+    assert make_team(TWO).do("faults.read", name=name) == [0, None]
 
 
 # ---- how it is tested ----------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         """Prepare for the slices of a batch."""
         if not self._crosses_batches:
             self.micro_batches.assign(0)  # a batch that failed may have left some
-            self.skips.begin(tf.constant(True))
+            self.skips.begin()
 
     def add(
         self,
@@ -214,8 +214,9 @@ class Window(AutoTrackable):  # type: ignore[misc]
                 batches.assign_add(tf.cast(is_last, tf.int64))
             is_last &= batches >= self.steps_at(iterations)
             present = None  # others may have them
-        decide(is_last, lambda: self._make_update(variables, present, update))
-        self._close(is_last)
+        # Counts of replicas differ after a batch that failed on one of them: whatever ends a window
+        # is decided in common, so that theirs ends with it.
+        decide(is_last, lambda: self._end(variables, present, update))
 
     def flush(self, update: Update) -> None:
         """Make the update of what is stored, with its own weights.
@@ -223,24 +224,27 @@ class Window(AutoTrackable):  # type: ignore[misc]
         Args:
             update: As in `end_batch`.
         """
-        self._make_update([], None, update)
-        self._close(tf.constant(True))
+        self._end([], None, update)
 
     def discard(self) -> None:
         """Forget what the window holds."""
         for count in self._counts():
             count.assign(0)
-        self.skips.begin(tf.constant(True))
+        self.skips.begin()
 
-    def _make_update(
+    def _end(
         self,
         variables: Sequence[tf.Variable],
         present: Optional[Container[Any]],
         update: Update,
     ) -> None:
+        """Make the update, and begin another window."""
         totals = [book.total(present) for book in self._books.values()]
         totals = self.in_common_units(totals, self.reference.read_value())
         make_update(variables, totals, update, self.skips.skip_if_left_out)
+        self.discard()
+        if len(self._steps) > 1:
+            self.updates.assign_add(1)
 
     def in_common_units(self, shares: Sequence[Share], reference: tf.Tensor) -> list[Share]:
         """What replicas can add up: of means whose weights keep their size, each has its own unit.
@@ -253,14 +257,6 @@ class Window(AutoTrackable):  # type: ignore[misc]
             return list(shares)
         unit = _positive(reference)
         return [share.times(unit) if share.kind == MEAN else share for share in shares]
-
-    def _close(self, is_last: tf.Tensor) -> None:
-        """Begin another window, where this one has had its last batch."""
-        for count in self._counts():
-            count.assign(tf.where(is_last, tf.zeros_like(count), count))
-        self.skips.begin(is_last)
-        if len(self._steps) > 1:
-            self.updates.assign_add(tf.cast(is_last, tf.int64))
 
     # ---- in files --------------------------------------------------------------------------
 

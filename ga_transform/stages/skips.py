@@ -90,11 +90,10 @@ class Skips:
 
         decide(all_finite(gradients), made, self.skip)
 
-    def begin(self, is_new: tf.Tensor) -> None:
-        """Begin another window, where this one has ended."""
+    def begin(self) -> None:
+        """Begin another window."""
         if self.leaves_out:
-            count = self._left_out
-            count.assign(tf.where(is_new, tf.zeros_like(count), count))
+            self._left_out.assign(tf.zeros_like(self._left_out))
 
     def _if_left_out(self, action: Callable[[], None]) -> None:
         """Do something if a replica has left out a micro-batch of this window."""

@@ -117,6 +117,31 @@ def test_flush_and_discard(strategy):
     assert feeding.updates(model) == 2
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_batch_that_fails_on_one_replica(strategy, failing):
+    """Windows of all replicas end together, whatever the others have stored of the batch."""
+    plain, model = pair(strategy, accum_steps=3)
+    start = cases.weights_of(plain)
+    (steps,) = windows_of(strategy, [6], "equal")
+    run = stepping(strategy, model)
+    run(steps[0])
+    broken = list(steps[1])
+    x, y = broken.pop(failing)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        run([*broken[:failing], (x, y[1:]), *broken[failing:]])
+    end = 4 - model.pending_micro_batches  # the first replica may have counted it
+    for step in steps[1 : end + 3]:
+        run(step)
+    assert (model.pending_micro_batches, feeding.updates(model)) == (0, 2)
+    worst = []
+    for stored in ([], [broken]):
+        plain = make()
+        plain.set_weights(start)
+        train_plain(plain, [[*steps[:end], *stored], steps[end : end + 3]])
+        worst.append(max(far for _, far in cases.distances(model, plain, start)))
+    assert min(worst) < 1e-9 < max(worst)
+
+
 # ---- loops -------------------------------------------------------------------------------------
 
 
@@ -343,6 +368,43 @@ def test_two_optimizers(strategy):
     train_plain(plain, windows)
     cases.assert_same_weights(model, plain, start, 1e-9)
     assert [int(each.iterations.numpy()) for each in model.optimizers] == [3, 3]
+
+
+class TwoLosses(Two):
+    """The compiled loss twice, of all rows and of some; each trains a part that is its own."""
+
+    def compile(self):
+        tf_keras.Model.compile(self, loss="mse")
+        self.optimizers = [tf_keras.optimizers.Adam(0.05), tf_keras.optimizers.SGD(0.1)]
+
+    def build(self, shape):
+        super().build(shape)
+        self.second.build(shape)
+
+    def call(self, inputs):
+        return self.first(inputs)
+
+    def train_step(self, data):
+        x, y = data
+        some = x[:, 0] > 0
+        of_all = self.first, x, tf.concat([y, y], 1)
+        of_some = self.second, tf.boolean_mask(x, some), tf.boolean_mask(y, some)
+        for (part, x, y), optimizer in zip((of_all, of_some), self.optimizers):
+            with tf.GradientTape() as tape:
+                loss = self.compiled_loss(y, part(x))
+            variables = part.trainable_variables
+            optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+        return {"loss": loss}
+
+
+def test_two_compiled_losses_of_different_rows(strategy):
+    """Each is weighed by its own rows on each replica, which take turns at each update."""
+    plain, model = pair(strategy, made_two(TwoLosses), accum_steps=STEPS, inplace=True)
+    start = cases.weights_of(plain)
+    windows = windows_of(strategy, [2, 2, 1])
+    feeding.fit(strategy, model, windows)
+    train_plain(plain, windows)
+    cases.assert_same_weights(model, plain, start, 1e-9)
 
 
 def test_two_optimizers_in_turns(strategy):

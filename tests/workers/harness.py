@@ -19,7 +19,7 @@ from workers import answers
 
 TESTS = Path(__file__).parents[1]
 #: Seconds, on a machine that does other things, too.
-START, JOB = 120, 120
+START, JOB = 240, 240
 ATTEMPTS = 3
 TAIL = 3000
 TAKEN = re.compile(r"[Aa]ddress already in use|Could not start gRPC server")
