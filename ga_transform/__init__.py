@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from ga_transform.conversion import accumulating as accumulating
     from ga_transform.conversion import make_accumulating as make_accumulating
     from ga_transform.conversion import strip_accumulating as strip_accumulating
+    from ga_transform.plotting import plot_log as plot_log
     from ga_transform.report import explain as explain
+    from ga_transform.report import verify_equivalence as verify_equivalence
     from ga_transform.stages import register_transform as register_transform
 
 __version__ = "0.1.0"
@@ -58,8 +60,10 @@ __all__ = [
     "explain",
     "make_accumulating",
     "per_update",
+    "plot_log",
     "register_transform",
     "strip_accumulating",
+    "verify_equivalence",
 ]
 
 _LAZY = {
@@ -69,7 +73,9 @@ _LAZY = {
     "make_accumulating": "ga_transform.conversion",
     "strip_accumulating": "ga_transform.conversion",
     "per_update": "ga_transform.callbacks",
+    "plot_log": "ga_transform.plotting",
     "register_transform": "ga_transform.stages",
+    "verify_equivalence": "ga_transform.report",
 }
 
 

@@ -12,6 +12,7 @@ from tf_keras.layers import Layer
 from tf_keras.losses import Loss, Reduction
 from tf_keras.metrics import Metric
 from tf_keras.src.engine import data_adapter, functional
+from tf_keras.src.engine.base_layer import BaseRandomLayer
 from tf_keras.src.engine.base_layer_utils import REVIVED_LOSS_PLACEHOLDER
 from tf_keras.src.engine.compile_utils import LossesContainer
 from tf_keras.src.engine.functional import Functional
@@ -29,6 +30,7 @@ from tf_keras.src.utils import losses_utils
 __all__ = [
     "AutoTrackable",
     "BaseLossScaleOptimizer",
+    "BaseRandomLayer",
     "BatchNormalizationBase",
     "Functional",
     "Layer",
@@ -58,6 +60,7 @@ __all__ = [
     "is_of_keras",
     "is_optimizer",
     "is_preprocessing",
+    "masks_of_outputs",
     "metrics_of",
     "optimizers_of",
     "optimizers_within",
@@ -511,6 +514,19 @@ def has_own_code(model: Any) -> bool:
     kinds = [each for layer in model._flatten_layers() for each in type(layer).__mro__]
     packages = {each.__module__.split(".")[0] for each in kinds}
     return not packages <= {"abc", "builtins", "ga_transform", "tensorflow", "tf_keras"}
+
+
+def masks_of_outputs(model: Any) -> list[Any]:
+    """By output of a functional model, its mask as training sees it; one that is shared is one."""
+    masks = []
+
+    def call(inputs: Any) -> None:
+        outputs = tf.nest.flatten(model(inputs, training=True))
+        masks.extend(getattr(output, "_keras_mask", None) for output in outputs)
+
+    specs = tf.nest.map_structure(lambda each: each.type_spec, model.input)
+    tf.function(call).get_concrete_function(specs)
+    return masks
 
 
 def call_symbolically(model: Any) -> None:

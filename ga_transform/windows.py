@@ -17,6 +17,7 @@ from ga_transform.chain import Chain
 from ga_transform.diversion import running, undiverted
 from ga_transform.errors import InexactWarning
 from ga_transform.layouts import Call, OptimizerLayout, StateLayout, Turn, WindowLayout, plain_call
+from ga_transform.measures import Measures
 from ga_transform.neighbours import couplings_of, pass_counters_of
 from ga_transform.numerics import Gradient, multiplied
 from ga_transform.optimizer_state import (
@@ -88,9 +89,12 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             self.batch_weight = self._no_dependency(local_variable(1.0, tf.float64, of_all="first"))
             self.loss_weight = self._no_dependency(local_variable(1.0, tf.float64, of_all="first"))
             self.slice_share = self._no_dependency(local_variable(1.0, tf.float64, of_all="first"))
+        #: By window, where updates are measured.
+        self._measures: Optional[dict[tuple[int, Turn], Measures]] = None
         #: Whether a step of the model has come here.
         self.has_stepped = False
-        self._warned = self._no_dependency(set())
+        #: What could not be exact, as it was said, by what it is about.
+        self.said: dict[str, str] = self._no_dependency({})
         #: Whether a checkpoint has restored what cannot go on here.
         self.is_misfit = False
         self.written_layout = _Layout(self)  # checkpointed under this name
@@ -109,6 +113,11 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 f"{model.name}: {', '.join(couplings)} couples the rows of a batch, so updates "
                 "are not those of the large batch.",
             )
+
+    @property
+    def bytes_held(self) -> int:
+        """The memory of the sums, on each replica."""
+        return sum(window.bytes_held for window in self._windows.values())
 
     def belong_to(self, model: Any) -> bool:
         """Whether the model is compiled as it was, with optimizers that it still has."""
@@ -224,7 +233,12 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 given = [multiplied(gradient, 1 / count_replicas()) for gradient in given]
 
             def make() -> None:
-                staged = apply_stages(self.chain.update_stages, given, present, self._model())
+                measures = self._measures_of((id(optimizer), turn))
+                stages = self.chain.update_stages
+                watch = None if measures is None else measures.note_stage
+                staged = apply_stages(stages, given, present, self._model(), watch)
+                if measures is not None:
+                    measures.note_update(given, staged)
                 final = {
                     _keras.reference_of(v): _as_handed(g, v.dtype) for g, v in zip(staged, present)
                 }
@@ -253,6 +267,9 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         """Make the update of a window, if it ends with this batch."""
         optimizer, turn, variables, args, kwargs, slices, present = handed
         window = self.open(optimizer, turn)
+        measures = self._measures_of((id(optimizer), turn))
+        if measures is not None:
+            measures.end_window(window.size_with(slices))
         update = self.update_of(optimizer, turn, args, kwargs)
         followers = self._followers.get(id(window), {}).values() if self._is_split else ()
 
@@ -290,7 +307,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         followers[id(follower)] = action
 
     def trace_again(self) -> None:
-        """Have functions traced anew: a variable that had no gradient so far has one now."""
+        """Have functions traced anew, as where a variable has its first gradient."""
         self._flushes.clear()
         model = self._model()
         if model.train_function is None:
@@ -304,6 +321,27 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 model.train_function = None
                 model.train_function = model.make_train_function()
 
+    def measure(self, *, is_on: bool) -> Sequence[Measures]:
+        """Have updates be measured from here on, or no more, in functions that are traced anew.
+
+        Returns:
+            The measures of each window.
+        """
+        if is_on != (self._measures is not None):
+            self._measures = self._no_dependency({}) if is_on else None
+            self.trace_again()
+        with scope_of(self._model()):
+            found = [self._measures_of(key) for key in self._windows]
+        return [each for each in found if each is not None]
+
+    def _measures_of(self, key: tuple[int, Turn]) -> Optional[Measures]:
+        """Of a window; None where nobody asks."""
+        if self._measures is None:
+            return None
+        if key not in self._measures:
+            self._measures[key] = Measures(self.chain)
+        return self._measures[key]
+
     def flush(self) -> None:
         """Make the updates of partial windows."""
         for key, window in self._windows.items():
@@ -316,13 +354,18 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                     "batch first, or call discard()."
                 )
             if key not in self._flushes:
-                self._flushes[key] = self._flush_function(window, self._updates[key])
+                self._flushes[key] = self._flush_function(key, window)
             self._flushes[key]()
         if self.pools.are_there:
             run_on_replicas(self._model(), self.pools.move)
 
-    def _flush_function(self, window: Window, update: Update) -> Callable[[], None]:
+    def _flush_function(self, key: tuple[int, Turn], window: Window) -> Callable[[], None]:
+        update, measures = self._updates[key], self._measures_of(key)
+
         def flush() -> None:
+            if measures is not None:
+                measures.end_window(window.size_with(None))
+                measures.note_partial()
             window.flush(update)
             for follow in self._followers.get(id(window), {}).values():
                 follow()
@@ -468,8 +511,8 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
 
     def warn_once(self, about: str, text: str) -> None:
         """Say what cannot be exact, the first time that it is about this."""
-        if about not in self._warned:
-            self._warned.add(about)
+        if about not in self.said:
+            self.said[about] = text
             warnings.warn(text, InexactWarning, stacklevel=2)
 
 

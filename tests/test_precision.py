@@ -686,20 +686,9 @@ def test_a_file_is_the_plain_model_and_the_chain(tmp_path):
 def test_explain_prints_which_layers_changed():
     """A row for each layer, with what it was, what it is, and why it was left."""
     model = ga.make_accumulating(small(), 2, precision="mixed_bfloat16")
-    assert str(ga.explain(model)).splitlines()[2:] == [
-        "Precision: 1 of 2 layers changed",
+    assert str(ga.explain(model)).splitlines()[-4:] == [
+        "precision: 1 of 2 layers changed",
         "layer   class  before   now             left as it was, because",
         "hidden  Dense  float32  mixed_bfloat16",
         "head    Dense  float32  float32         it ends the model",
     ]
-
-
-def test_explain_names_batch_norm_layers_and_what_they_do():
-    """Their mode in words; and models that are not converted are refused."""
-    source = images()
-    source.compile("sgd", "mse")
-    text = str(ga.explain(converted(source, accum_steps=2, batch_norm="pooled")))
-    assert "moving statistics move once an update, towards those of all rows" in text
-    assert text.splitlines()[-1] == "layers: norm"
-    with pytest.raises(TypeError, match=r"^explain\.model must be a converted model; got <"):
-        ga.explain(source)

@@ -67,6 +67,20 @@ class Window(AutoTrackable):  # type: ignore[misc]
             return int(self.micro_batches.numpy())
 
     @property
+    def bytes_held(self) -> int:
+        """The memory of its sums, on each replica."""
+        return sum(book.bytes_held for book in self._books.values())
+
+    def size_with(self, slices: Optional[tf.Tensor]) -> tf.Tensor:
+        """The micro-batches that it holds, with those of a batch. Shape: scalar, int64.
+
+        Args:
+            slices: As in `end_batch`.
+        """
+        held = self.micro_batches.read_value()
+        return held if slices is None else held + tf.cast(slices, tf.int64)
+
+    @property
     def is_single(self) -> bool:
         """Whether every micro-batch is a window, so that nothing need be stored."""
         return not (self._is_split or self._crosses_batches)

@@ -15,7 +15,7 @@ from tf_keras import layers
 
 from ga_transform._keras import flatten_layers, output_layers, reference_of
 from ga_transform.errors import did_you_mean, wrong_value
-from ga_transform.numerics import Gradient, map_values, unitwise_norm
+from ga_transform.numerics import Gradient, map_values, unitwise_norm, values_of
 from ga_transform.specs import ClipByAGC
 from ga_transform.stages.registry import register_transform
 
@@ -54,7 +54,27 @@ def check_patterns(spec: ClipByAGC, model: Any) -> None:
                 )
 
 
-@register_transform(ClipByAGC, check=check_patterns)
+def count_units(
+    spec: ClipByAGC,
+    before: Sequence[Gradient],
+    after: Sequence[Gradient],
+    variables: Sequence[tf.Variable],
+    model: Any,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """How many units were clipped, of those that the spec does not leave out."""
+    axes_of = unit_axes(spec, model)
+    clipped, units = [tf.zeros([], tf.int64)], [tf.zeros([], tf.int64)]
+    for given, made, variable in zip(before, after, variables):
+        axes = axes_of.get(reference_of(variable), _axes_by_rank(variable))
+        if axes is not None:
+            differs = tf.not_equal(values_of(given), values_of(made))
+            of_units = tf.reduce_any(differs, axis=list(axes))
+            clipped.append(tf.math.count_nonzero(of_units))
+            units.append(tf.size(of_units, tf.int64))
+    return tf.add_n(clipped), tf.add_n(units)
+
+
+@register_transform(ClipByAGC, check=check_patterns, count_clipped=count_units)
 def clip_by_agc(
     spec: ClipByAGC, gradients: Sequence[Gradient], variables: Sequence[tf.Variable], model: Any
 ) -> list[Gradient]:

@@ -11,7 +11,7 @@ from ga_transform._keras import AutoTrackable, reference_of
 from ga_transform.layouts import SumLayout
 from ga_transform.loss_terms import MEAN
 from ga_transform.numerics import Gradient, times, widened
-from ga_transform.replicas import local_variable
+from ga_transform.replicas import held_here, local_variable
 from ga_transform.stages.sums import DenseSum, SparseSum
 
 __all__ = ["Book", "Share"]
@@ -70,6 +70,14 @@ class Book(AutoTrackable):  # type: ignore[misc]
     def awake(self) -> list[Any]:
         """References of the variables that have had a gradient."""
         return [reference for reference in self._sums if reference not in self._idle]
+
+    @property
+    def bytes_held(self) -> int:
+        """The memory of the sums, on each replica."""
+        variables = [
+            held_here(each)[0] for stored in self._sums.values() for each in stored.state()
+        ]
+        return sum(int(tf.size(each)) * int(each.dtype.size) for each in variables)
 
     def put(self, share: Optional[Share]) -> None:
         """Write a share over whatever is stored."""

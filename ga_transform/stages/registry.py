@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Optional, TypeVar
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import tensorflow as tf
 
@@ -12,18 +12,39 @@ from ga_transform.errors import shown, wrong_type
 from ga_transform.numerics import Gradient, sum_repeated_rows, widened
 from ga_transform.specs import Transform
 
-__all__ = ["apply_stages", "check_stages", "register_transform"]
+__all__ = [
+    "apply_stages",
+    "check_stages",
+    "count_clipped",
+    "counts_clipped",
+    "register_transform",
+]
 
 #: ``(spec, gradients, variables, model) -> gradients``
 StageFunction = Callable[[Any, Sequence[Gradient], Sequence[tf.Variable], Any], Sequence[Gradient]]
 Check = Callable[[Any, Any], None]
+#: ``(spec, before, after, variables, model) -> (clipped, units)``, two scalars
+Count = Callable[..., tuple[Any, Any]]
+#: ``(place, spec, before, after, variables, model)``
+Watch = Callable[..., None]
 Function = TypeVar("Function", bound=StageFunction)
 
-_STAGES: dict[type[Transform], tuple[StageFunction, Optional[Check]]] = {}
+
+class _Stage(NamedTuple):
+    function: StageFunction
+    check: Optional[Check]
+    count_clipped: Optional[Count]
+
+
+_STAGES: dict[type[Transform], _Stage] = {}
 
 
 def register_transform(
-    spec_class: type[Transform], *, package: str = "custom", check: Optional[Check] = None
+    spec_class: type[Transform],
+    *,
+    package: str = "custom",
+    check: Optional[Check] = None,
+    count_clipped: Optional[Count] = None,
 ) -> Callable[[Function], Function]:
     """Decorate the function that carries out a transform of your own.
 
@@ -37,6 +58,8 @@ def register_transform(
         spec_class: A frozen attrs subclass of `Transform`; its fields are its config.
         package: What stands before ``>ClassName`` in a saved chain.
         check: ``check(spec, model)`` is called at conversion, and raises what is wrong.
+        count_clipped: ``count_clipped(spec, before, after, variables, model)`` returns how many
+            units a clip has changed, and of how many: two scalars, for `AccumulationLog`.
 
     Raises:
         TypeError: `spec_class` is no frozen attrs subclass of `Transform`.
@@ -67,7 +90,7 @@ def register_transform(
         )
 
     def register(function: Function) -> Function:
-        _STAGES[spec_class] = (function, check)
+        _STAGES[spec_class] = _Stage(function, check, count_clipped)
         register_kind(spec_class, package)
         return function
 
@@ -82,7 +105,7 @@ def check_stages(specs: Iterable[Transform], model: Any) -> None:
                 f"{type(spec).__name__} must have a function; got none. "
                 "Decorate one with ga_transform.register_transform."
             )
-        check = _STAGES[type(spec)][1]
+        check = _STAGES[type(spec)].check
         if check is not None:
             check(spec, model)
 
@@ -92,16 +115,43 @@ def apply_stages(
     gradients: Sequence[Gradient],
     variables: Sequence[tf.Variable],
     model: Any,
+    watch: Optional[Watch] = None,
 ) -> list[Gradient]:
-    """Fold the gradients through the stages, in order."""
+    """Fold the gradients through the stages, in order.
+
+    Args:
+        specs, gradients, variables, model: As for the function of a stage.
+        watch: Is called after each stage with its place, what it was given and what it made.
+    """
     if not specs or not gradients:
         return list(gradients)
     current = [sum_repeated_rows(widened(gradient)) for gradient in gradients]
-    for spec in specs:
-        current = list(_STAGES[type(spec)][0](spec, current, variables, model))
+    for place, spec in enumerate(specs):
+        before = current
+        current = list(_STAGES[type(spec)].function(spec, before, variables, model))
         if len(current) != len(variables):
             raise ValueError(
                 f"{type(spec).__name__} must return a gradient for each of the "
                 f"{len(variables)} variables; got {shown(len(current))}. Return them in order."
             )
+        if watch is not None:
+            watch(place, spec, before, current, variables, model)
     return current
+
+
+def counts_clipped(spec: Transform) -> bool:
+    """Whether a stage is a clip, which tells how many units it has clipped."""
+    return _STAGES[type(spec)].count_clipped is not None
+
+
+def count_clipped(
+    spec: Transform,
+    before: Sequence[Gradient],
+    after: Sequence[Gradient],
+    variables: Sequence[tf.Variable],
+    model: Any,
+) -> tuple[Any, Any]:
+    """How many units a clip has clipped, and of how many. Shapes: scalars."""
+    count = _STAGES[type(spec)].count_clipped
+    assert count is not None, "asked of stages that count only"  # noqa: S101
+    return count(spec, before, after, variables, model)

@@ -509,3 +509,22 @@ def test_replicas_that_are_not_brought_together(strategy, way, monkeypatch):
     make, batch = feeding.maker("dense", cases.OPTIMIZERS["adam"])
     windows = feeding.make_windows(batch, feeding.rows_of(strategy, "empty"))
     feeding.assert_law(strategy, make, windows, feeding.WAYS[way])
+
+
+@pytest.mark.parametrize("way", ["across", "both"])
+def test_the_log_of_updates(strategy, way):
+    """Norms and shares are those of all replicas together; a batch counts once."""
+    clip = {**feeding.WAYS[way], "agc": 0.5}
+    plain, model = pair(strategy, **clip)
+    start = plain.get_weights()
+    one_device = ga.make_accumulating(plain, agc=0.5)
+    windows = windows_of(strategy, [feeding.STEPS, 1])
+    ours = feeding.fit(strategy, model, windows, callbacks=[ga.AccumulationLog()])
+    theirs = feeding.fit_plain(one_device, windows, callbacks=[ga.AccumulationLog()])
+    assert max(np.max(np.abs(a - b)) for a, b in zip(start, one_device.get_weights())) > 1e-4
+    assert ours["updates"] == theirs["updates"] == [2]
+    for name in ("gradient_norm", "clipped_gradient_norm", "clipped_share"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-9)
+    assert (ours["partial_windows"], theirs["partial_windows"]) == ([1], [0])
+    if way == "across":
+        assert ours["micro_batches_per_update"] == [(feeding.STEPS + 1) / 2]

@@ -1,4 +1,4 @@
-"""Callbacks that count with the updates, and that log what accumulation does."""
+"""per_update: callbacks that count batches count updates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tf_keras import callbacks as keras_callbacks
 
 from ga_transform.errors import wrong_type
 
-__all__ = ["AccumulationLog", "per_update"]
+__all__ = ["per_update"]
 
 Callback = TypeVar("Callback")
 
@@ -63,49 +63,6 @@ def per_update(callback: Callback) -> Callback:
         callback._own_hooks = own_hooks
     return callback
 
-
-class AccumulationLog(keras_callbacks.Callback):  # type: ignore[misc]
-    """Put into the logs of each epoch how much was skipped in it.
-
-    `skipped_windows` counts updates that were not made because their gradients were not finite,
-    `skipped_micro_batches` those that were left out of their windows. They stand in
-    `fit(...).history`, and callbacks after this one (CSVLogger, TensorBoard) write them.
-
-    Raises:
-        TypeError: In `fit`, if the model is not converted.
-
-    Example:
-        >>> import numpy as np, tf_keras, ga_transform as ga
-        >>> model = tf_keras.Sequential([tf_keras.Input([2]), tf_keras.layers.Dense(1)])
-        >>> model.compile("sgd", "mse")
-        >>> model = ga.make_accumulating(model, accum_steps=2)
-        >>> x, y = np.ones([8, 2]), np.ones([8, 1])
-        >>> x[0] = np.inf
-        >>> log = ga.AccumulationLog()
-        >>> arguments = {"batch_size": 2, "shuffle": False, "verbose": 0}
-        >>> model.fit(x, y, callbacks=[log], **arguments).history["skipped_windows"]
-        [1]
-    """
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Begin to count."""
-        if getattr(self.model, "_open_windows", None) is None:
-            raise wrong_type(
-                "AccumulationLog", "given to fit of a converted model", self.model,
-                "Convert it with make_accumulating.",
-            )  # fmt: skip
-        self._before = self.model._open_windows().skipped
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Log what was skipped since the last epoch."""
-        skipped = self.model._open_windows().skipped
-        if logs is not None:
-            for name, count, before in zip(_SKIPPED, skipped, self._before):
-                logs[name] = count - before
-        self._before = skipped
-
-
-_SKIPPED = ("skipped_windows", "skipped_micro_batches")
 
 _HOOKS = (
     "on_epoch_begin",
