@@ -518,7 +518,7 @@ def has_own_code(model: Any) -> bool:
 
 def masks_of_outputs(model: Any) -> list[Any]:
     """By output of a functional model, its mask as training sees it; one that is shared is one."""
-    masks = []
+    masks: list[Any] = []
 
     def call(inputs: Any) -> None:
         outputs = tf.nest.flatten(model(inputs, training=True))

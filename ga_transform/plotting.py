@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ _PANELS = (
     ("micro-batches an update", ("micro_batches_per_update",)),
     ("windows", ("partial_windows", "skipped_windows", "skipped_micro_batches")),
 )
+
+_COUNTS = ("micro-batches an update", "windows")
 
 
 def plot_log(log: Any, path: Union[None, str, os.PathLike[str]] = None) -> Any:
@@ -67,13 +70,17 @@ def plot_log(log: Any, path: Union[None, str, os.PathLike[str]] = None) -> Any:
     all_axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (title, lines) in zip(all_axes, panels):
         for name, values in lines.items():
-            label = name.replace("_", " ")
+            label = name.replace("_", " ").replace("micro b", "micro-b")
             axes.plot(places, values, label=label, marker="." if len(values) < 50 else None)
         axes.set_title(title, loc="left", fontsize="medium")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if title == "share of units clipped":
-            axes.set_ylim(-0.03, 1.03)
+        # From zero, with at least one above it, for lines that are flat.
+        numbers = [value for values in lines.values() for value in values if math.isfinite(value)]
+        highest = max(numbers, default=0)
+        axes.set_ylim(0, 1.08 * (max(1, highest) if title in _COUNTS else highest or 1))
+        if title in _COUNTS:
+            axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize="small")
     all_axes[-1].set_xlabel(unit)
@@ -93,7 +100,7 @@ def _series_of(log: Any) -> tuple[Mapping[str, Sequence[float]], Sequence[float]
     if isinstance(log, (str, os.PathLike)):
         with Path(log).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        names = rows[0].keys() - {"epoch", "update"} if rows else ()
+        names = [name for name in (rows or [{}])[0] if name not in ("epoch", "update")]
         columns = {name: [float(row[name]) for row in rows] for name in names}
         return columns, [int(row["update"]) for row in rows], "update"
     history = getattr(log, "history", log)

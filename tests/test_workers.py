@@ -299,8 +299,7 @@ def test_a_worker_is_killed(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("save_freq", [1, 2])
+@pytest.mark.parametrize(("size", "save_freq"), [(2, 1), (3, 2)])
 def test_workers_are_killed_again_and_again(tmp_path, size, save_freq):
     """The first of them, which writes the backups."""
     moments = [5, 8, 11, 15]
