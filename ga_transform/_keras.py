@@ -25,9 +25,12 @@ from tf_keras.src.mixed_precision.autocast_variable import (
 from tf_keras.src.mixed_precision.loss_scale_optimizer import BaseLossScaleOptimizer
 from tf_keras.src.optimizers.legacy.optimizer_v2 import _var_key as legacy_variable_key
 from tf_keras.src.saving import object_registration
+from tf_keras.src.saving.legacy.saved_model.load import RevivedLayer, RevivedNetwork
+from tf_keras.src.saving.serialization_lib import SafeModeScope
 from tf_keras.src.utils import losses_utils
 
 __all__ = [
+    "REVIVED",
     "AutoTrackable",
     "BaseLossScaleOptimizer",
     "BaseRandomLayer",
@@ -37,6 +40,7 @@ __all__ = [
     "LossesContainer",
     "Model",
     "OpLayer",
+    "SafeModeScope",
     "Sequential",
     "activation_losses",
     "averages_of",
@@ -88,6 +92,8 @@ AutoTrackable = tf.__internal__.tracking.AutoTrackable
 
 #: Layers that functional models make of ops on their tensors.
 OpLayer = (TFOpLambda, ClassMethod)
+#: What a SavedModel brings back where it does not know the class.
+REVIVED = (RevivedLayer, RevivedNetwork)
 
 _OPTIMIZERS = (optimizers.Optimizer, optimizers.legacy.Optimizer, BaseLossScaleOptimizer)
 unpack_x_y_sample_weight = data_adapter.unpack_x_y_sample_weight

@@ -14,6 +14,7 @@ from tf_keras import callbacks as keras_callbacks
 
 from ga_transform.errors import wrong_type, wrong_value
 from ga_transform.measures import UPDATES, Measures
+from ga_transform.optimizer_state import iterations_of
 
 __all__ = ["AccumulationLog"]
 
@@ -131,7 +132,9 @@ class AccumulationLog(keras_callbacks.Callback):  # type: ignore[misc]
         now = self._read()
         if now.windows - self._of_row.windows < every:
             return
-        row = {"epoch": self._epoch, "update": now.updates, **now.since(self._of_row)}
+        count = iterations_of(self.model.optimizer)  # goes on where a run is resumed
+        update = now.updates if count is None else int(count)
+        row = {"epoch": self._epoch, "update": update, **now.since(self._of_row)}
         self._of_row = now
         for write in self._writers:
             write(row)
