@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -273,6 +274,8 @@ def _check_model(owner: str, model: Any) -> None:
     remedy = "Pass a model, as tf_keras.Sequential([...]) returns it."
     if isinstance(model, type):
         remedy = "Pass an instance, not the class."
+    elif inspect.isroutine(model):
+        remedy = "Call it, and pass the model that it returns."
     packages = {base.__module__.split(".")[0] for base in type(model).__mro__}
     if "keras" in packages and hasattr(model, "fit"):
         version = importlib.import_module("keras").__version__
