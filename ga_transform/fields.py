@@ -89,12 +89,17 @@ def count(remedy: str) -> Check:
     """An int of at least one."""
 
     def check(spec: object, field: attrs.Attribute[Any], value: object) -> None:
-        if not _is_count(value):
-            raise wrong_type(_owner(spec, field), "an int >= 1", value, remedy)
-        if value < 1:  # type: ignore[operator]
-            raise wrong_value(_owner(spec, field), "an int >= 1", value, remedy)
+        check_count(_owner(spec, field), value, remedy)
 
     return check
+
+
+def check_count(owner: str, value: object, remedy: str) -> None:
+    """Refuse what is no int of at least one."""
+    if not _is_count(value):
+        raise wrong_type(owner, "an int >= 1", value, remedy)
+    if value < 1:  # type: ignore[operator]
+        raise wrong_value(owner, "an int >= 1", value, remedy)
 
 
 def number(rule: str, holds: Callable[[float], bool], remedy: str) -> Check:

@@ -15,7 +15,7 @@ from ga_transform.chain import Chain
 from ga_transform.numerics import Gradient, global_norm, sum_repeated_rows, widened
 from ga_transform.replicas import local_variable
 from ga_transform.specs import Transform
-from ga_transform.stages import count_clipped, counts_clipped
+from ga_transform.stages import counter_of
 
 __all__ = ["UPDATES", "Measures"]
 
@@ -34,7 +34,7 @@ class Measures:
     def __init__(self, chain: Chain) -> None:
         #: By their places among the stages of an update.
         self._clips = {
-            place: spec for place, spec in enumerate(chain.update_stages) if counts_clipped(spec)
+            place: spec for place, spec in enumerate(chain.update_stages) if counter_of(spec)
         }
         self._has_stages = bool(chain.update_stages)
         names = [UPDATES, PARTIAL_WINDOWS, MICRO_BATCHES, NORM, CLIPPED_NORM]
@@ -80,7 +80,8 @@ class Measures:
         model: Any,
     ) -> None:
         """Hear what a stage has done in an update."""
-        if place in self._units:
+        count_clipped = counter_of(spec)
+        if count_clipped is not None:
             counts = count_clipped(spec, before, after, variables, model)
             for total, count in zip(self._units[place], counts):
                 total.assign_add(tf.cast(count, tf.float64))

@@ -302,7 +302,6 @@ def test_a_plain_model_has_no_log():
 
 def test_a_figure_of_a_history_and_of_a_table(tmp_path):
     """A panel for each thing that was logged; the file is an image."""
-    pytest.importorskip("matplotlib")
     log = ga.AccumulationLog(csv=tmp_path / "log.csv")
     model = ga.make_accumulating(build(), STEPS, agc=0.05)
     fitted = model.fit(cases.dataset(batches()), epochs=2, verbose=0, callbacks=[log])

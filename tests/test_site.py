@@ -28,9 +28,8 @@ from ga_transform import report, training  # noqa: F401  (that the reference fin
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "pages"
 NAMES = sorted(path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.md"))
-#: Pages whose blocks take long, and what some of them need beside the package.
+#: Pages whose blocks take long.
 LONG = {"how-to/command-line.md"}
-NEEDS = {"how-to/logging.md": "matplotlib"}
 
 _FENCE = re.compile(
     r'^(?P<indent> *)```(?P<language>\w+)(?: title="(?P<title>[^"]*)")?\n'
@@ -78,8 +77,6 @@ RUN = [page for page in NAMES if any(block.is_run for block in blocks_of(page))]
 )
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     """They print, raise and warn what the page says, and nothing else warns."""
-    if page in NEEDS:
-        pytest.importorskip(NEEDS[page])
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)

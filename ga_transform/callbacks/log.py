@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Union
 import tensorflow as tf
 from tf_keras import callbacks as keras_callbacks
 
-from ga_transform.errors import wrong_type, wrong_value
+from ga_transform.errors import wrong_type
+from ga_transform.fields import check_count
 from ga_transform.measures import UPDATES, Measures
 from ga_transform.optimizer_state import iterations_of
 
@@ -76,10 +77,7 @@ class AccumulationLog(keras_callbacks.Callback):  # type: ignore[misc]
         for name, value in (("csv", csv), ("tensorboard", tensorboard)):
             if value is not None and not isinstance(value, (str, os.PathLike)):
                 raise wrong_type(f"AccumulationLog.{name}", "a path", value, "None writes none.")
-        if not isinstance(every, int) or isinstance(every, bool):
-            raise wrong_type("AccumulationLog.every", "an int >= 1", every, "The default is 1.")
-        if every < 1:
-            raise wrong_value("AccumulationLog.every", "an int >= 1", every, "The default is 1.")
+        check_count("AccumulationLog.every", every, "The default is 1.")
         self._every = every
         self._csv, self._tensorboard = csv, tensorboard
         self._files = contextlib.ExitStack()

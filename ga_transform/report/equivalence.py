@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -16,11 +16,12 @@ import tensorflow as tf
 from ga_transform import _keras
 from ga_transform.chain import Chain
 from ga_transform.conversion import make_accumulating, strip_accumulating
-from ga_transform.errors import REMEDY_OF_COPY, shown, wrong_type, wrong_value
+from ga_transform.errors import REMEDY_OF_COPY, shown, wrong_type
+from ga_transform.fields import check_count
 from ga_transform.optimizer_state import iterations_of
-from ga_transform.replicas import count_replicas, scope_of
+from ga_transform.replicas import scope_of
 from ga_transform.report.explanation import check_converted
-from ga_transform.report.findings import findings_of, random_layers
+from ga_transform.report.findings import BATCH_NORM, RANDOMNESS, findings_of, random_layers
 from ga_transform.report.text import paragraph, table
 from ga_transform.rewrites.batch_norm import batch_norms_of
 from ga_transform.specs import Accumulate, BatchNorm, Split, Transform
@@ -131,10 +132,7 @@ def verify_equivalence(
             f"{owner}.model must be compiled and built; got {model.name!r}, which is not. "
             "Compile it, and call it on a batch."
         )
-    if not isinstance(updates, int) or isinstance(updates, bool):
-        raise wrong_type(f"{owner}.updates", "an int >= 1", updates, "The default is 3.")
-    if updates < 1:
-        raise wrong_value(f"{owner}.updates", "an int >= 1", updates, "The default is 3.")
+    check_count(f"{owner}.updates", updates, "The default is 3.")
     data = x, y, sample_weight
     windows = _deal(owner, model, _rows_of(owner, data), updates)
     trial = _Trial(model, windows, data)
@@ -219,26 +217,22 @@ class _Trial(NamedTuple):
     windows: Sequence[Sequence[slice]]
     data: Any
 
-    def run(
-        self, *, without: Sequence[Callable[[Any], None]] = (), frozen: bool = False
-    ) -> tuple[VariableDifference, ...]:
+    def run(self, without: Collection[str] = ()) -> tuple[VariableDifference, ...]:
         """How far the copies end from each other.
 
         Args:
-            without: What is done to both copies before they are trained.
-            frozen: Whether batch normalisation is frozen in both.
+            without: What is left out of both: `RANDOMNESS`, `BATCH_NORM`, or both of these.
         """
         chain = self.model._accumulating_chain
         with warnings.catch_warnings():  # the user has seen those of the model itself
             warnings.simplefilter("ignore")
             copies = [
-                _copy(self.model, _with_batch_norm(specs, "freeze") if frozen else specs)
-                for specs in (list(chain), _of_large_batch(chain))
+                _copy(self.model, _frozen(specs) if BATCH_NORM in without else specs)
+                for specs in (list(chain), _of_large_batch(self.model))
             ]
             start = [np.array(each) for each in _values(copies[0])]
-            for quieten in without:
-                for each in copies:
-                    quieten(each)
+            for each in copies if RANDOMNESS in without else ():
+                _quieten(each)
             in_micro_batches, on_large_batches = copies
             for window in self.windows:
                 for batch in window:
@@ -257,29 +251,20 @@ class _Trial(NamedTuple):
         """What makes a difference, found by leaving it out of both copies."""
         random = [layer.name for layer in random_layers(self.model)]
         norms = [each.name for each in batch_norms_of(self.model) if each.trainable]
-        suspects: dict[str, dict[str, Any]] = {}
-        if random:
-            suspects["random numbers"] = {"without": [_quieten]}
-        if norms:
-            suspects["batch normalisation"] = {"frozen": True}
-        without_all = {key: value for each in suspects.values() for key, value in each.items()}
+        suspects = {RANDOMNESS} if random else set()
+        suspects |= {BATCH_NORM} if norms else set()
 
-        def differ(left_out: Mapping[str, Any]) -> bool:
-            return max(each.relative for each in self.run(**left_out)) > tolerance
+        def differ(without: Collection[str]) -> bool:
+            return max(each.relative for each in self.run(without)) > tolerance
 
         findings = [each for each in findings_of(self.model) if each.verdict != "exact"]
-        if suspects and not differ(without_all):
-            # Each is to blame if there is a difference without the others.
-            to_blame = [
-                subject
-                for subject, left_out in suspects.items()
-                if len(suspects) == 1
-                or differ({key: without_all[key] for key in without_all.keys() - left_out.keys()})
-            ]
+        if suspects and not differ(suspects):
+            # Each is to blame if there is a difference without the other.
+            to_blame = {
+                each for each in suspects if len(suspects) == 1 or differ(suspects - {each})
+            }
             findings = [each for each in findings if each.subject in to_blame]
-        for finding in findings:
-            layers = f" ({', '.join(finding.layers)})" if finding.layers else ""
-            yield f"{finding.subject}{layers}: {finding.why}"
+        yield from map(str, findings)
         if not findings:
             yield (
                 "not found out. A loss or a layer may couple the rows of a batch, draw random "
@@ -288,24 +273,27 @@ class _Trial(NamedTuple):
             )
 
 
-def _of_large_batch(chain: Chain) -> list[Transform]:
-    """What stays of a chain where a window is one batch."""
-    accumulate = chain.find(Accumulate)
-    single = [] if accumulate is None else [attrs.evolve(accumulate, steps=1)]
-    stages = [*chain.update_stages]
-    rewrites = [spec for spec in chain if spec.role == "rewrite"]
-    norm = chain.find(BatchNorm)
-    if norm is not None and norm.mode != "freeze":
-        rewrites.remove(norm)
-    specs = [*rewrites, *single, *stages]
-    has_reason = bool(rewrites or stages) or count_replicas() > 1
-    return specs if has_reason else []
+def _of_large_batch(model: Any) -> list[Transform]:
+    """What stays of a chain where a window is one batch; nothing, if that is a plain model."""
+    chain = model._accumulating_chain
+    rewrites = [
+        spec
+        for spec in chain
+        if spec.role == "rewrite" and not (isinstance(spec, BatchNorm) and spec.mode != "freeze")
+    ]
+    # Plain tf_keras averages the means of replicas, whatever rows they have.
+    has_replicas = model.distribute_strategy.num_replicas_in_sync > 1
+    if not (rewrites or chain.update_stages or has_replicas):
+        return []
+    single = attrs.evolve(chain.find(Accumulate) or Accumulate(1), steps=1)
+    return [*rewrites, single, *chain.update_stages]
 
 
-def _with_batch_norm(specs: Sequence[Transform], mode: str) -> list[Transform]:
+def _frozen(specs: Sequence[Transform]) -> list[Transform]:
+    """A chain that freezes batch normalisation."""
     others = [spec for spec in specs if not isinstance(spec, BatchNorm)]
     place = sum(spec.role == "rewrite" for spec in others)
-    return [*others[:place], BatchNorm(mode), *others[place:]]
+    return [*others[:place], BatchNorm("freeze"), *others[place:]]
 
 
 def _copy(model: Any, specs: Sequence[Transform]) -> Any:

@@ -85,8 +85,7 @@ class Explanation:
         lines += paragraph(self._memory(), "memory  ")
         lines.append("")
         for finding in self.findings:
-            layers = f" ({', '.join(finding.layers)})" if finding.layers else ""
-            lines += paragraph(f"{finding.subject}{layers}: {finding.why}", f"{finding.verdict:13}")
+            lines += paragraph(str(finding), f"{finding.verdict:13}")
             if finding.remedy:
                 lines += paragraph(finding.remedy, f"{'':7}mend: ")
         if self.layers:

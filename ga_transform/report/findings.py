@@ -16,11 +16,16 @@ from ga_transform.rewrites.batch_norm import batch_norms_of
 from ga_transform.specs import BatchNorm, Precision
 from ga_transform.training import Accumulating
 
-__all__ = ["VERDICTS", "Finding", "findings_of", "random_layers"]
+__all__ = ["BATCH_NORM", "RANDOMNESS", "VERDICTS", "Finding", "findings_of", "random_layers"]
 
 #: From bad to good. "outside": no accumulation equals the large batch. "approximate": close to it.
 #: "depends": exact under a condition, which is told.
 VERDICTS = ("outside", "approximate", "depends", "exact")
+
+#: How many layers a text names.
+_NAMED = 8
+#: Subjects of findings.
+RANDOMNESS, BATCH_NORM = "random numbers", "batch normalisation"
 
 _MOVES = {
     "keep": "moving statistics move with each micro-batch",
@@ -43,6 +48,15 @@ class Finding:
     why: str
     #: What can be done about it; empty where there is nothing to do, or nothing that helps.
     remedy: str = ""
+
+    def __str__(self) -> str:
+        named = ", ".join(self.layers[:_NAMED])
+        more = f" and {len(self.layers) - _NAMED} more" if self.layers[_NAMED:] else ""
+        return (
+            f"{self.subject} ({named}{more}): {self.why}"
+            if named
+            else f"{self.subject}: {self.why}"
+        )
 
 
 def findings_of(model: Any) -> tuple[Finding, ...]:
@@ -185,10 +199,10 @@ def _of_batch_norm(model: Any) -> Iterator[Finding]:
     names = tuple(layer.name for layer in layers if layer.trainable)
     if names and mode == "freeze":
         why = "it normalises by the moving statistics, which rest"
-        yield Finding("batch normalisation", names, "exact", why)
+        yield Finding(BATCH_NORM, names, "exact", why)
     elif names:
         yield Finding(
-            "batch normalisation",
+            BATCH_NORM,
             names,
             "outside",
             "in training it normalises each micro-batch by that micro-batch's own statistics; "
@@ -199,14 +213,14 @@ def _of_batch_norm(model: Any) -> Iterator[Finding]:
         )
     rests = tuple(layer.name for layer in layers if not layer.trainable)
     if rests:
-        yield Finding("batch normalisation", rests, "exact", "it is frozen")
+        yield Finding(BATCH_NORM, rests, "exact", "it is frozen")
 
 
 def _of_randomness(model: Any) -> Iterator[Finding]:
     names = tuple(layer.name for layer in random_layers(model))
     if names:
         yield Finding(
-            "random numbers",
+            RANDOMNESS,
             names,
             "outside",
             "micro-batches draw other numbers than the large batch, of the same distribution",

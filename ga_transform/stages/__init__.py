@@ -4,15 +4,13 @@ from ga_transform.stages import agc, clip, scale  # noqa: F401
 from ga_transform.stages.registry import (
     apply_stages,
     check_stages,
-    count_clipped,
-    counts_clipped,
+    counter_of,
     register_transform,
 )
 
 __all__ = [
     "apply_stages",
     "check_stages",
-    "count_clipped",
-    "counts_clipped",
+    "counter_of",
     "register_transform",
 ]

@@ -15,8 +15,7 @@ from ga_transform.specs import Transform
 __all__ = [
     "apply_stages",
     "check_stages",
-    "count_clipped",
-    "counts_clipped",
+    "counter_of",
     "register_transform",
 ]
 
@@ -139,19 +138,6 @@ def apply_stages(
     return current
 
 
-def counts_clipped(spec: Transform) -> bool:
-    """Whether a stage is a clip, which tells how many units it has clipped."""
-    return _STAGES[type(spec)].count_clipped is not None
-
-
-def count_clipped(
-    spec: Transform,
-    before: Sequence[Gradient],
-    after: Sequence[Gradient],
-    variables: Sequence[tf.Variable],
-    model: Any,
-) -> tuple[Any, Any]:
-    """How many units a clip has clipped, and of how many. Shapes: scalars."""
-    count = _STAGES[type(spec)].count_clipped
-    assert count is not None, "asked of stages that count only"  # noqa: S101
-    return count(spec, before, after, variables, model)
+def counter_of(spec: Transform) -> Optional[Count]:
+    """What counts the units that a stage has clipped; None where it is no clip that counts."""
+    return _STAGES[type(spec)].count_clipped

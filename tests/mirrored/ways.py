@@ -528,3 +528,12 @@ def test_the_log_of_updates(strategy, way):
     assert (ours["partial_windows"], theirs["partial_windows"]) == ([1], [0])
     if way == "across":
         assert ours["micro_batches_per_update"] == [(feeding.STEPS + 1) / 2]
+
+
+def test_the_law_on_a_model_of_replicas(strategy):
+    """`verify_equivalence` compares with large batches in which each row counts alike."""
+    _, model = pair(strategy)
+    x, y = batch(np.random.default_rng(3), 6 * strategy.num_replicas_in_sync + 1)
+    assert ga.verify_equivalence(model, x, y, updates=2).largest < 1e-9
+    _, split = pair(strategy, micro_batch_size=1)
+    assert ga.verify_equivalence(split, x, y, updates=2).largest < 1e-9
