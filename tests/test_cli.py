@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import stat
 import subprocess
@@ -633,15 +634,23 @@ def test_warnings(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_lost_optimizer_is_told(folder, files, capsys):
-    """Of what TensorFlow logs, the loss of the optimizer's state is a warning here."""
+@pytest.mark.parametrize("level", [logging.WARNING, logging.CRITICAL])
+def test_a_lost_optimizer_is_told(folder, files, capsys, level):
+    """Of what TensorFlow logs, the loss of the optimizer's state is a warning, at any level."""
+    logger = logging.getLogger("tensorflow")
+    before = logger.level
+    logger.setLevel(level)
     Path("model.h5").write_bytes((files / "model.h5").read_bytes())
     with h5py.File("model.h5", "r+") as file:
         group = file["optimizer_weights"]
         name = group.attrs["weight_names"][-1]
         del group[name]
         group[name] = np.zeros([7])
-    assert main(["inspect", "model.h5"]) == 0
+    try:
+        assert main(["inspect", "model.h5"]) == 0
+        assert logger.level == level
+    finally:
+        logger.setLevel(before)
     said = capsys.readouterr().err
     assert said.startswith("ga-transform: warning: Error in loading the saved optimizer state.")
     assert said.count("\n") == 1

@@ -76,15 +76,18 @@ def said_on_one_line(is_quiet: bool) -> Iterator[None]:
         return record.levelno >= logging.ERROR
 
     loggers = [logging.getLogger(name) for name in ("tensorflow", "absl")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         warnings.filterwarnings("ignore", "You are saving your model as an HDF5 file")
         warnings.showwarning = lambda message, *_, **__: warn(str(message))
         for logger in loggers:
+            logger.setLevel(logging.WARNING)  # whatever it was: filters are asked of what passes
             logger.addFilter(is_shown)
         try:
             yield
         finally:
-            for logger in loggers:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
                 logger.removeFilter(is_shown)
