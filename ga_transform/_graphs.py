@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Optional
 
 import tensorflow as tf
+from tensorflow.python.framework.auto_control_deps_utils import (
+    get_read_only_resource_input_indices_graph,
+)
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.ops.control_flow_v2_func_graphs import (
     CondBranchFuncGraph,
     ControlFlowFuncGraph,
     WhileBodyFuncGraph,
 )
+from tensorflow.python.ops.resource_variable_ops import get_eager_safe_handle_data
 
 __all__ = [
     "branch_of",
     "condition_of",
     "current_graph",
+    "dtype_of",
     "graphs_within",
     "is_compiled",
     "is_function",
     "is_loop",
     "is_symbolic",
+    "nodes_of",
     "trace_again",
+    "written_by",
 ]
 
 
@@ -81,3 +88,33 @@ def trace_again() -> None:
     """Have the function that is traced for the first time be traced again: it makes a variable."""
     with tf.init_scope():
         tf.Variable(0, trainable=False)
+
+
+def written_by(function: Any) -> list[tf.Tensor]:
+    """The handles of the variables, from outside of a concrete function, that it may change."""
+    graph = function.graph
+    read_only = set(get_read_only_resource_input_indices_graph(graph))
+    positions = {id(placeholder): position for position, placeholder in enumerate(graph.inputs)}
+    return [
+        outer
+        for outer, inner in graph.captures
+        if dtype_of(outer) is not None and positions[id(inner)] not in read_only
+    ]
+
+
+def dtype_of(handle: tf.Tensor) -> Optional[tf.DType]:
+    """The dtype of the variable that a handle is of; None if it is of something else."""
+    if handle.dtype != tf.resource:
+        return None
+    data = get_eager_safe_handle_data(handle)
+    if data is None or not data.is_set or not data.shape_and_type:
+        return None
+    return tf.as_dtype(data.shape_and_type[0].dtype)
+
+
+def nodes_of(graph: Any) -> Iterator[Any]:
+    """The nodes of a graph and of the functions that it calls, as they are written down."""
+    definition = graph.as_graph_def()
+    yield from definition.node
+    for function in definition.library.function:
+        yield from function.node_def

@@ -11,6 +11,7 @@ from tf_keras import Model, Sequential, optimizers
 from tf_keras.layers import Layer
 from tf_keras.losses import Loss, Reduction
 from tf_keras.metrics import Metric
+from tf_keras.src.backend import RandomGenerator
 from tf_keras.src.engine import data_adapter, functional
 from tf_keras.src.engine.base_layer import BaseRandomLayer
 from tf_keras.src.engine.base_layer_utils import REVIVED_LOSS_PLACEHOLDER
@@ -40,6 +41,7 @@ __all__ = [
     "LossesContainer",
     "Model",
     "OpLayer",
+    "RandomGenerator",
     "SafeModeScope",
     "Sequential",
     "activation_losses",
@@ -69,7 +71,9 @@ __all__ = [
     "optimizers_of",
     "optimizers_within",
     "output_layers",
+    "place_activation_losses",
     "positions_of",
+    "random_generators_of",
     "reference_of",
     "register_under",
     "replace_in_compile_config",
@@ -341,6 +345,21 @@ def activation_losses(model: Any) -> list[tf.Tensor]:
     for layer in model._flatten_layers():
         found.extend(layer._eager_losses or layer._losses)
     return [loss for loss in found if loss is not REVIVED_LOSS_PLACEHOLDER]
+
+
+def place_activation_losses(model: Any, losses: Sequence[tf.Tensor]) -> None:
+    """Put others in the place of the `activation_losses` that a call has left, in their order."""
+    ahead = iter(losses)
+    for layer in model._flatten_layers():
+        layer._thread_local._eager_losses = [
+            each if each is REVIVED_LOSS_PLACEHOLDER else next(ahead)
+            for each in layer._eager_losses
+        ]
+
+
+def random_generators_of(model: Any) -> list[Any]:
+    """What the layers of a model draw random numbers by."""
+    return held_by(model, lambda item: isinstance(item, RandomGenerator))
 
 
 def weight_losses(model: Any) -> list[tf.Tensor]:

@@ -117,6 +117,12 @@ class Chain:
         return self.find(Split) is not None or (accumulate is not None and accumulate.steps != 1)
 
     @property
+    def takes_whole_batches(self) -> bool:
+        """Whether the loss is taken of whole batches, that are cut into slices."""
+        split = self.find(Split)
+        return split is not None and bool(split.whole_batch_loss)
+
+    @property
     def micro_batch_stages(self) -> tuple[Transform, ...]:
         """The stages before `Accumulate`, which act on each micro-batch's gradient."""
         return self._stages()[0]
@@ -188,6 +194,14 @@ def _check_order(transforms: tuple[Transform, ...]) -> None:
             raise ValueError(
                 f"Chain must hold Split before Accumulate and every stage; got Split after "
                 f"{others[-1]}. Move Split before {others[0]}."
+            )
+        split = next((other for other in seen if isinstance(other, Split)), None)
+        stages = [type(other).__name__ for other in seen if other.role == "stage"]
+        if isinstance(spec, Accumulate) and stages and split and split.whole_batch_loss:
+            raise ValueError(
+                f"Chain must hold every stage after Accumulate where Split has whole_batch_loss; "
+                f"got {stages[0]} before it, and a slice has no loss of its own. Move "
+                f"{stages[0]} behind Accumulate."
             )
         seen.append(spec)
 

@@ -58,7 +58,7 @@ def make_accumulating(
     batch_norm: Union[None, str, BatchNorm] = None,
     transforms: Union[None, Chain, Sequence[Transform]] = None,
     remainder: str = "flush",
-    whole_batch_loss: bool = False,
+    whole_batch_loss: Union[bool, str] = False,
     inplace: bool = False,
 ) -> Any:
     """A model that trains on micro-batches as `model` would on the large batch.
@@ -80,7 +80,9 @@ def make_accumulating(
         transforms: The whole chain instead of the arguments above.
         remainder: What becomes of a partial window at the end of an epoch: "flush" applies
             it with its own weights, "carry" keeps it, "drop" discards it.
-        whole_batch_loss: Take the loss on the outputs of all slices of a batch together.
+        whole_batch_loss: True takes the loss on the outputs of all slices of a batch together, so
+            that it may couple its rows, for one forward pass more; "gathered" on those of all
+            replicas. With `micro_batch_size`.
         inplace: Convert the object itself, whatever its class, and return it.
 
     Returns:
@@ -90,8 +92,8 @@ def make_accumulating(
         TypeError: The model is no `tf_keras.Model`, or an argument has a wrong type.
         ValueError: An argument or the chain breaks a rule, or the model is converted already
             or cannot be copied.
-        NotImplementedError: This version does not carry out what is asked for:
-            `whole_batch_loss`, or the model's strategy.
+        NotImplementedError: This version does not carry out what is asked for under the
+            model's strategy.
 
     Example:
         >>> import tf_keras, ga_transform as ga
@@ -127,7 +129,7 @@ def accumulating(
     batch_norm: Union[None, str, BatchNorm] = None,
     transforms: Union[None, Chain, Sequence[Transform]] = None,
     remainder: str = "flush",
-    whole_batch_loss: bool = False,
+    whole_batch_loss: Union[bool, str] = False,
 ) -> Callable[[Builder], Builder]:
     """Decorate a function that builds a model: the model it returns is converted in place.
 
@@ -252,8 +254,8 @@ def _convert(owner: str, model: Any, chain: Chain, inplace: bool) -> Any:
                 f"{owner} must hold no converted model; got {layer.name!r} in {model.name!r}. "
                 "Call strip_accumulating on it first."
             )
-    _check_available(chain)
     check_strategy(owner, model, chain)
+    _check_has_usual_step(model, chain)
     _check_rows_are_free(model, chain)
     check_rewrites(chain, model)
     check_stages([*chain.micro_batch_stages, *chain.update_stages], model)
@@ -287,12 +289,16 @@ def _check_model(owner: str, model: Any) -> None:
     raise wrong_type(owner, "a tf_keras.Model", model, remedy)
 
 
-def _check_available(chain: Chain) -> None:
-    """Refuse what the specs can say and this version does not do yet."""
-    split = chain.find(Split)
-    if split is not None and split.whole_batch_loss:
-        raise NotImplementedError(
-            "Split.whole_batch_loss must be False in this version; got True. Leave it out."
+def _check_has_usual_step(model: Any, chain: Chain) -> None:
+    """Only of tf_keras's own step is it known where the loss is taken of the outputs."""
+    if not chain.takes_whole_batches:
+        return
+    own_step = getattr(model.train_step, "__func__", model.train_step)
+    if own_step is not tf_keras.Model.train_step:
+        raise ValueError(
+            "Split.whole_batch_loss must be given a model with tf_keras's own train_step; got "
+            f"{model.name!r}, whose train_step is that of {type(model).__name__}. Put its loss into "
+            "compile or compute_loss, or leave whole_batch_loss out."
         )
 
 

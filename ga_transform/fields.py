@@ -25,6 +25,7 @@ __all__ = [
     "encode",
     "encode_weighting",
     "flag",
+    "flag_or",
     "names",
     "number",
     "one_of",
@@ -141,6 +142,19 @@ def flag(spec: object, field: attrs.Attribute[Any], value: object) -> None:
         raise wrong_type(
             _owner(spec, field), "True or False", value, f"The default is {field.default}."
         )
+
+
+def flag_or(word: str) -> Check:
+    """True, False, or a word that says more than True."""
+
+    def check(spec: object, field: attrs.Attribute[Any], value: object) -> None:
+        if isinstance(value, bool) or value == word:
+            return
+        refuse = wrong_value if isinstance(value, str) else wrong_type
+        rule = f"True, False or {word!r}"
+        raise refuse(_owner(spec, field), rule, value, f"The default is {field.default}.")
+
+    return check
 
 
 def to_names(value: Any) -> Any:

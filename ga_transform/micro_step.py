@@ -8,7 +8,7 @@ the model hands them to its optimizer, whatever the model did to get them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Optional
 
 import tensorflow as tf
@@ -16,7 +16,7 @@ import tensorflow as tf
 from ga_transform import _graphs, _keras
 from ga_transform.diversion import divert, running, undiverted
 from ga_transform.layouts import Turn
-from ga_transform.loss_terms import MEAN, SUM, record_losses, total_of
+from ga_transform.loss_terms import MEAN, SUM, record_losses
 from ga_transform.numerics import (
     Gradient,
     added,
@@ -158,29 +158,15 @@ class MicroStep:
         return loss * (relative * count_replicas())
 
     def losses_by_kind(self) -> dict[str, tf.Tensor]:
-        """The loss as a sum and a mean, each weighed as its kind demands.
-
-        A mean over the window is divided by what is known at its end only, a sum never: the
-        gradient of both together could not be put right afterwards.
-        """
-        share = _keras.shared_by_replicas
-        terms = self._weighting.terms()
-        sums = [term.weighted for term in terms if term.kind == SUM]
-        means = [share(term.weighted) for term in terms if term.kind == MEAN]
-        means += [share(loss) for loss in _keras.activation_losses(self.model)]
-        of_weights = [share(loss) for loss in _keras.weight_losses(self.model)]
+        """The loss as a sum and a mean, each weighed as its kind demands."""
         window = self._windows.open(self.model.optimizer)
-        if of_weights and not means and count_replicas() == 1:
-            # Once a window, and beside a sum nothing divides it: the first brings it along. (Of
-            # several replicas, which may have no rows, none would know that it is the first.)
-            first = window.stores_nothing(self._slice_index())
-            sums += [tf.where(first, loss, tf.zeros_like(loss)) for loss in of_weights]
-            of_weights = []
-        by_kind = (
-            {SUM: total_of([tf.reduce_sum(loss) for loss in sums])} if sums else {}
-        )  # a target may be absent
-        means += of_weights
-        if means:
+
+        def is_first() -> tf.Tensor:
+            return window.stores_nothing(self._slice_index())
+
+        # Of several replicas, which may have no rows, none would know that it is the first.
+        by_kind = self._weighting.losses_by_kind(is_first if count_replicas() == 1 else None)
+        if MEAN in by_kind:
             if self._windows.chain.micro_batch_stages:
                 raise ValueError(
                     "A chain with stages before Accumulate must have losses of one kind; got "
@@ -190,9 +176,32 @@ class MicroStep:
             weight = self._weighting.weight(MEAN)
             relative = window.relative(weight, self._slice_index())
             self._weighed_by = weight, relative
-            mean = total_of(means)
+            mean = by_kind[MEAN]
             by_kind[MEAN] = mean * tf.cast(relative * count_replicas(), mean.dtype)
         return by_kind
+
+    def part_of_batch(
+        self, part: tf.Tensor, kind: str, weight: tf.Tensor, share: tf.Tensor
+    ) -> tf.Tensor:
+        """A slice's part of the loss of its whole batch, weighed as that is.
+
+        Args:
+            part: Of those whose gradients add up to the batch's over its slices.
+            kind: Of the batch's loss.
+            weight: Of the batch. Shape: scalar, float64, as the next.
+            share: Of the weight, what the slice brings along.
+        """
+        window = self._windows.open(self.model.optimizer)
+        relative = window.relative(weight, self._slice_index())
+        self._weighed_by = weight, relative * share
+        self._loss = part
+        return part * tf.cast(relative, part.dtype) if kind == MEAN else part
+
+    def minimize(self, by_kind: Mapping[str, tf.Tensor], tape: tf.GradientTape) -> None:
+        """Have the model's optimizer take the gradients of sums and of means one by one."""
+        with self.together():
+            for self.kind, loss in by_kind.items():
+                self.model.optimizer.minimize(loss, self.model.trainable_variables, tape=tape)
 
     # ---- the statistics of batch normalisation ---------------------------------------------
 

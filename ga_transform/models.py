@@ -19,6 +19,7 @@ from ga_transform.errors import wrong_type
 from ga_transform.loss_terms import stop_recording
 from ga_transform.neighbours import WRITERS_OF_CLASS
 from ga_transform.persistence import Persistent
+from ga_transform.repeating import release_generators
 from ga_transform.rewrites import apply_rewrites, build_for_plain, undo_rewrites
 from ga_transform.rewrites.loss_scale import (
     is_wrapped,
@@ -179,6 +180,7 @@ def become_plain(model: Any) -> None:
     undo_rewrites(model)
     undo_scaling(model)
     stop_recording(model.compiled_loss)
+    release_generators(model)
     model.__class__ = plain_class_of(model)
     for name in ("_accumulating_chain", "_kept"):
         vars(model).pop(name, None)

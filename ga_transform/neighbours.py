@@ -51,13 +51,19 @@ _COUPLINGS = {
 _PASS_COUNTERS = {("tensorflow_model_optimization", "PruneLowMagnitude"): "pruning_step"}
 
 
-def couplings_of(model: Any) -> list[str]:
-    """The names of a model's losses and layers that are known to couple the rows of a batch."""
+def couplings_of(model: Any, *, of_losses: bool = True) -> list[str]:
+    """The names of a model's losses and layers that are known to couple the rows of a batch.
+
+    Args:
+        model: Compiled or not.
+        of_losses: Whether losses are looked at, and not layers only.
+    """
     losses = tf.nest.flatten(getattr(model.compiled_loss, "_user_losses", None))
     losses += [getattr(loss, "fn", None) for loss in losses]
     parts = [part for part in _keras.held_by(model, _is_loss) if not _is_metric(part)]
     layers = [layer for layer in _keras.flatten_layers(model) if not _is_metric(layer)]
-    names = [name for item in [*losses, *parts, *layers] for name in _known(item)]
+    items = [*losses, *parts, *layers] if of_losses else layers
+    names = [name for item in items for name in _known(item)]
     return list(dict.fromkeys(names))
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "gathered",
     "held_here",
     "here",
+    "index_of_replica",
     "is_summed",
     "local_variable",
     "run_on_replicas",
@@ -100,6 +101,11 @@ def held_here(variable: Any) -> Sequence[tf.Variable]:
 def count_replicas() -> int:
     """Among how many replicas the rows of a batch are divided."""
     return int(tf.distribute.get_strategy().num_replicas_in_sync)
+
+
+def index_of_replica() -> Any:
+    """Which of the replicas runs. Shape: scalar, int32; or an int."""
+    return tf.distribute.get_replica_context().replica_id_in_sync_group
 
 
 def scope_of(model: Any) -> contextlib.AbstractContextManager[Any]:

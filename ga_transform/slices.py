@@ -24,6 +24,7 @@ class Slices:
         size: Rows a slice.
         count: Slices that `take` takes.
         total: Slices with the remainder.
+        rows_a_slice: Of each slice, where all have as many and the number is known; an int.
 
     Args:
         batch: Tensors or arrays in a structure; dense, ragged or sparse, all of as many rows.
@@ -54,12 +55,12 @@ class Slices:
         self._has_fixed_size = has_fixed_size
         rows = {_static_rows(tensor) for tensor in tensors} - {None}
         known = rows.pop() if len(rows) == 1 else None
-        self._slice_rows = _rows_a_slice(known, micro_batch_size)
+        self.rows_a_slice = _rows_a_slice(known, micro_batch_size)
 
     @property
     def may_have_remainder(self) -> bool:
         """Whether rows may be left over from slices of a fixed size."""
-        return self._has_fixed_size and self._slice_rows is None
+        return self._has_fixed_size and self.rows_a_slice is None
 
     def take(self, index: Any) -> list[Any]:
         """The tensors of one slice, in the order of `pack`."""
@@ -77,9 +78,14 @@ class Slices:
             size = self.rows - start
             return [self._slice(self._leaves[position], start, size) for position in self._cut]
 
-    def specs(self) -> list[Any]:
-        """What `take` returns, as type specs, in which the number of rows may be open."""
-        return [self._spec(self._leaves[position]) for position in self._cut]
+    def specs(self, rows: Optional[int] = None) -> list[Any]:
+        """What `take` returns, as type specs, in which the number of rows may be open.
+
+        Args:
+            rows: Of another slice than these.
+        """
+        rows = rows or self.rows_a_slice
+        return [self._spec(self._leaves[position], rows) for position in self._cut]
 
     def pack(self, tensors: Sequence[Any]) -> Any:
         """A slice in the structure of the batch."""
@@ -88,8 +94,8 @@ class Slices:
             leaves[position] = tensor
         return tf.nest.pack_sequence_as(self._structure, leaves)
 
-    def _spec(self, tensor: Any) -> Any:
-        shape = [self._slice_rows, *tensor.shape[1:]] if tensor.shape.rank is not None else None
+    def _spec(self, tensor: Any, rows: Optional[int]) -> Any:
+        shape = [rows, *tensor.shape[1:]] if tensor.shape.rank is not None else None
         if isinstance(tensor, tf.RaggedTensor):
             return tf.RaggedTensorSpec(
                 shape,
@@ -117,7 +123,7 @@ class Slices:
             return tensor[start : start + size]
         others = tensor.shape.rank - 1
         cut = tf.slice(tensor, [start, *[0] * others], [size, *[-1] * others])
-        return tf.ensure_shape(cut, [self._slice_rows, *tensor.shape[1:]])
+        return tf.ensure_shape(cut, [self.rows_a_slice, *tensor.shape[1:]])
 
 
 def _on_host() -> Any:

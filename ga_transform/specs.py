@@ -158,15 +158,18 @@ class Split(Transform):
 
     Args:
         micro_batch_size: Rows a slice, an int >= 1. The last slice of a batch may have fewer.
-        whole_batch_loss: Take the loss on the outputs of all slices together.
+        whole_batch_loss: True takes the loss on the outputs of all slices together, so that it
+            may couple the rows of a batch: each slice is passed through the model a second time,
+            to pull the gradient of its outputs back (Gao et al. 2021, gradient caching).
+            "gathered" takes it on the outputs of all replicas.
 
     Raises:
         ValueError, TypeError: A field breaks its rule.
 
     Example:
         >>> import ga_transform as ga
-        >>> print(ga.Split(32))
-        Split(micro_batch_size=32)
+        >>> print(ga.Split(32), ga.Split(32, whole_batch_loss=True))
+        Split(micro_batch_size=32) Split(micro_batch_size=32, whole_batch_loss=True)
     """
 
     role: ClassVar[str] = "window"
@@ -176,7 +179,9 @@ class Split(Transform):
         converter=fields.to_int,
         validator=fields.count("It is the number of rows that fit in memory."),
     )
-    whole_batch_loss: bool = attrs.field(default=False, validator=fields.flag)
+    whole_batch_loss: Union[bool, str] = attrs.field(
+        default=False, validator=fields.flag_or("gathered")
+    )
 
 
 @attrs.frozen

@@ -31,6 +31,7 @@ from ga_transform.replicas import all_together, scope_of
 from ga_transform.rewrites import apply_rewrites, build_for_plain
 from ga_transform.specs import Accumulate, Precision, Split
 from ga_transform.split import Slice, train_in_slices
+from ga_transform.whole_batch import train_on_whole_batch
 from ga_transform.windows import Windows
 
 __all__ = ["Accumulating"]
@@ -121,6 +122,8 @@ class Accumulating:
         split = self._accumulating_chain.find(Split)
         if split is None:
             logs = self._micro_step(windows, args, kwargs)
+        elif split.whole_batch_loss:
+            logs = self._whole_batch_step(windows, split, *args, **kwargs)
         else:
             logs = train_in_slices(
                 self,
@@ -152,6 +155,17 @@ class Accumulating:
                 return self._train_step_by_kind(step, data)
             return own_step(*args, **kwargs)
 
+    def _whole_batch_step(self, windows: Windows, split: Split, data: Any) -> Any:
+        optimizer = self.optimizer  # type: ignore[attr-defined]
+        if _keras.has_own_gradients(optimizer):
+            raise ValueError(
+                "Split.whole_batch_loss must be given an optimizer that takes the gradient of one "
+                f"loss; got {type(optimizer).__name__}, which computes its own. Leave "
+                "whole_batch_loss out."
+            )
+        usual_loss = _keras.is_keras_own(self, Accumulating, "compute_loss")
+        return train_on_whole_batch(self, windows, data, split, is_usual_loss=usual_loss)
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own loss; while it trains, times the weight of the micro-batch."""
         step = current_step()
@@ -168,10 +182,7 @@ class Accumulating:
             loss = self.compute_loss(x, y, y_pred, sample_weight)
             by_kind = step.losses_by_kind()
         self._validate_target_and_loss(y, loss)  # type: ignore[attr-defined]
-        with step.together():
-            for kind, part in by_kind.items():
-                step.kind = kind
-                self.optimizer.minimize(part, self.trainable_variables, tape=tape)  # type: ignore[attr-defined]
+        step.minimize(by_kind, tape)
         return self.compute_metrics(x, y, y_pred, sample_weight)  # type: ignore[attr-defined]
 
     # ---- what is pending ---------------------------------------------------------------

@@ -8,13 +8,14 @@ own they are the rows, or what a function of the user's says.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import tensorflow as tf
 
 from ga_transform import _graphs, _keras
 from ga_transform.errors import wrong_value
-from ga_transform.loss_terms import MEAN, SUM, LossTerm, disagreeing, is_by_rows
+from ga_transform.loss_terms import MEAN, SUM, LossTerm, disagreeing, is_by_rows, total_of
 from ga_transform.rows import count_rows, known_lengths
 from ga_transform.windows import Windows
 
@@ -78,6 +79,33 @@ class Weighting:
         """
         latest = self._within_reach(self._terms[self._spent :])
         return latest or self._within_reach(self._terms)
+
+    def losses_by_kind(self, is_first: Optional[Callable[[], tf.Tensor]]) -> dict[str, tf.Tensor]:
+        """The loss of the terms as a sum and a mean, with all that is added to it.
+
+        A mean over the window is divided by what is known at its end only, a sum never: the
+        gradient of both together could not be put right afterwards.
+
+        Args:
+            is_first: Whether the window holds nothing, where that can be known.
+        """
+        share = _keras.shared_by_replicas
+        terms = self.terms()
+        sums = [term.weighted for term in terms if term.kind == SUM]
+        means = [share(term.weighted) for term in terms if term.kind == MEAN]
+        means += [share(loss) for loss in _keras.activation_losses(self._model)]
+        of_weights = [share(loss) for loss in _keras.weight_losses(self._model)]
+        if of_weights and not means and is_first is not None:
+            # Once a window, and beside a sum nothing divides it: the first brings it along.
+            first = is_first()
+            sums += [tf.where(first, loss, tf.zeros_like(loss)) for loss in of_weights]
+            of_weights = []
+        means += of_weights
+        # A target may be absent.
+        by_kind = {SUM: total_of([tf.reduce_sum(loss) for loss in sums])} if sums else {}
+        if means:
+            by_kind[MEAN] = total_of(means)
+        return by_kind
 
     def spend_terms(self) -> None:
         """What comes after this is another loss."""

@@ -26,6 +26,7 @@ from ga_transform.optimizer_state import (
     mend_wrapper,
     positions_built_for,
 )
+from ga_transform.repeating import Draws
 from ga_transform.replicas import (
     apply_summed,
     count_replicas,
@@ -105,8 +106,12 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             mend_wrapper(optimizer)
             self.open(optimizer)
         self.pools = Pools(model)  # checkpointed under this name
+        #: What random layers draw by in passes that are repeated.
+        self.draws = self._no_dependency(Draws())
         self._pass_counters = self._no_dependency(pass_counters_of(model))
-        couplings = couplings_of(model)
+        # What a batch is has a loss of its own, a window of several has not.
+        takes_whole = self.chain.takes_whole_batches and self.accumulate.steps in (1, {0: 1})
+        couplings = couplings_of(model, of_losses=not takes_whole)
         if couplings and self.chain.gathers:
             self.warn_once(
                 "couplings",

@@ -55,7 +55,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
         with tf.init_scope():
             self.micro_batches = local_variable(0, tf.int64, of_all="first")
             self.reference = local_variable(0, tf.float64, of_all="first")
-            if is_split and self._crosses_batches:
+            if is_split and self.crosses_batches:
                 self.batches = local_variable(0, tf.int64, of_all="first")
             if len(self._steps) > 1:
                 self.updates = local_variable(0, tf.int64, of_all="first")
@@ -83,7 +83,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
     @property
     def is_single(self) -> bool:
         """Whether every micro-batch is a window, so that nothing need be stored."""
-        return not (self._is_split or self._crosses_batches)
+        return not (self._is_split or self.crosses_batches)
 
     @property
     def weighs_alike(self) -> bool:
@@ -91,7 +91,8 @@ class Window(AutoTrackable):  # type: ignore[misc]
         return self.is_single and count_replicas() == 1
 
     @property
-    def _crosses_batches(self) -> bool:
+    def crosses_batches(self) -> bool:
+        """Whether a window may be of several batches."""
         return set(self._steps) != {1}
 
     def is_empty(self, slice_index: Optional[tf.Tensor] = None) -> tf.Tensor:
@@ -104,7 +105,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
             return tf.equal(self.micro_batches, 0)
         is_first_slice = tf.equal(slice_index, 0)
         return (
-            is_first_slice & tf.equal(self.batches, 0) if self._crosses_batches else is_first_slice
+            is_first_slice & tf.equal(self.batches, 0) if self.crosses_batches else is_first_slice
         )
 
     def stores_nothing(self, slice_index: Optional[tf.Tensor] = None) -> tf.Tensor:
@@ -135,14 +136,14 @@ class Window(AutoTrackable):  # type: ignore[misc]
         Args:
             present: References of those that this batch has one for.
         """
-        if not self._crosses_batches:
+        if not self.crosses_batches:
             return []
         known = dict.fromkeys(ref for book in self._books.values() for ref in book.awake())
         return [reference.deref() for reference in known if reference not in present]
 
     def begin_batch(self) -> None:
         """Prepare for the slices of a batch."""
-        if not self._crosses_batches:
+        if not self.crosses_batches:
             self.micro_batches.assign(0)  # a batch that failed may have left some
             self.skips.begin()
 
@@ -216,12 +217,12 @@ class Window(AutoTrackable):  # type: ignore[misc]
             slices: How many slices `add` has been given an index of.
             present: References of the variables that have a gradient in these.
         """
-        if slices is not None and self._crosses_batches:
+        if slices is not None and self.crosses_batches:
             self.micro_batches.assign_add(tf.cast(slices, tf.int64))
         is_last = tf.constant(True)
-        if slices is None or self._crosses_batches:
+        if slices is None or self.crosses_batches:
             is_last = self.micro_batches > 0  # the step may have handed over nothing
-        if self._crosses_batches:
+        if self.crosses_batches:
             batches = self.micro_batches
             if self._is_split:
                 batches = self.batches
@@ -331,7 +332,7 @@ class Window(AutoTrackable):  # type: ignore[misc]
 
     def _counts(self) -> list[tf.Variable]:
         """The variables that count what the window holds."""
-        has_batches = self._is_split and self._crosses_batches
+        has_batches = self._is_split and self.crosses_batches
         return [self.micro_batches, *([self.batches] if has_batches else [])]
 
     def steps_at(self, iterations: Any) -> tf.Tensor:
