@@ -14,17 +14,20 @@ __all__ = ["checked_outputs", "coupled_outputs", "may_be_coupled", "put_rows", "
 _OWNER = "An output of a model with whole_batch_loss"
 
 
-def checked_outputs(outputs: Sequence[Any], rows: Optional[tf.Tensor]) -> list[tf.Tensor]:
+def checked_outputs(
+    outputs: Sequence[Any], rows: Optional[tf.Tensor], known_rows: Optional[int]
+) -> list[tf.Tensor]:
     """The outputs for a slice, each of which must have a row for each row of it.
 
     Args:
         outputs: Of a model.
         rows: Of the slice; None, if its inputs have none. Shape: scalar, float64.
+        known_rows: These, as far as a graph knows them.
 
     Raises:
         TypeError: An output is not dense.
-        ValueError: An output has no rows. If it has other rows than the slice, that raises
-            `tf.errors.InvalidArgumentError`.
+        ValueError: An output has other rows, or none. Where that is known only when the graph
+            runs, it raises `tf.errors.InvalidArgumentError`.
     """
     checked = []
     rule = f"{_OWNER} must have a row for each row of the batch; got"
@@ -32,8 +35,9 @@ def checked_outputs(outputs: Sequence[Any], rows: Optional[tf.Tensor]) -> list[t
     for output in outputs:
         if not isinstance(output, tf.Tensor):
             raise wrong_type(_OWNER, "a dense tensor", output, "Leave whole_batch_loss out.")
-        if output.shape.rank == 0:
-            raise ValueError(f"{rule} one without rows. {remedy}")
+        is_fixed = output.shape.rank and output.shape[0] not in (None, known_rows)
+        if output.shape.rank == 0 or (is_fixed and not tf.executing_eagerly()):
+            raise ValueError(f"{rule} one of shape {output.shape}. {remedy}")
         if rows is not None:
             found = tf.shape(output)[0]
             is_right = tf.equal(tf.cast(found, tf.float64), rows)
@@ -71,7 +75,8 @@ def coupled_outputs(
 def with_room_for(tensor: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
     """A tensor, lengthened to so many rows."""
     shape = tf.shape(tensor)
-    rest = tf.zeros(tf.concat([[rows - shape[0]], shape[1:]], 0), tensor.dtype)
+    missing = tf.maximum(rows - shape[0], 0)  # an output that is refused may have too many
+    rest = tf.zeros(tf.concat([[missing], shape[1:]], 0), tensor.dtype)
     return tf.ensure_shape(tf.concat([tensor, rest], 0), [None, *tensor.shape[1:]])
 
 

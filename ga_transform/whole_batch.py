@@ -151,7 +151,7 @@ class _Batch:
         activations = [
             loss * tf.cast(share, loss.dtype) for loss in _keras.activation_losses(self._model)
         ]
-        outputs = checked_outputs(outputs, count_rows(x))
+        outputs = checked_outputs(outputs, count_rows(x), self._slices.rows_a_slice)
         self._shapes = [output.shape for output in outputs]
         return outputs + [masks[place] for place in self._masked], activations
 
@@ -203,8 +203,9 @@ class _Batch:
 
     def _changed_eagerly(self) -> list[tf.Tensor]:
         """The handles of all that a pass may change."""
-        generators = _keras.random_generators_of(self._model)
-        states = [each._generator.state for each in generators if each._generator is not None]
+        held = [each._generator for each in _keras.random_generators_of(self._model)]
+        held += _keras.held_by(self._model, lambda item: isinstance(item, tf.random.Generator))
+        states = [generator.state for generator in held if generator is not None]
         variables = [*self._model.variables, *states]
         return [*(variable.handle for variable in variables), *self._windows.draws.handles]
 

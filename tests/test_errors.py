@@ -111,7 +111,8 @@ SPECS = [
     (
         lambda: ga.Split(4, whole_batch_loss=1),
         TypeError,
-        "Split.whole_batch_loss must be True or False; got 1 (int). The default is False.",
+        "Split.whole_batch_loss must be True, False or 'gathered'; got 1 (int). The default is "
+        "False.",
     ),
     (lambda: ga.Scale(NAN), ValueError, f"{FACTOR} nan. {USE_ONE}"),
     (lambda: ga.Scale(-INF), ValueError, f"{FACTOR} -inf. {USE_ONE}"),
@@ -448,17 +449,9 @@ ARGUMENTS = [
     ),
     (
         {"micro_batch_size": 4, "whole_batch_loss": "yes"},
-        TypeError,
-        "Split.whole_batch_loss must be True or False; got 'yes' (str). The default is False.",
-    ),
-]
-
-#: Chains that are right, and that this version does not carry out.
-NOT_YET = [
-    (
-        {"micro_batch_size": 4, "whole_batch_loss": True},
-        NotImplementedError,
-        "Split.whole_batch_loss must be False in this version; got True. Leave it out.",
+        ValueError,
+        "Split.whole_batch_loss must be True, False or 'gathered'; got 'yes'. The default is "
+        "False.",
     ),
 ]
 
@@ -514,7 +507,7 @@ MISFITS = [
     ),
 ]
 
-CONVERSIONS = [*ARGUMENTS, *NOT_YET, *MISFITS]
+CONVERSIONS = [*ARGUMENTS, *MISFITS]
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
