@@ -236,7 +236,10 @@ class _Batch:
         def body(index: tf.Tensor, tensors: Any, activations: Any) -> Any:
             return index + 1, *put(index, tensors, activations, take(index))
 
-        shapes = [each.shape for each in tensors], [each.shape for each in activations]
+        shapes = (
+            [tf.TensorShape([None, *each.shape[1:]]) for each in tensors],
+            [each.shape for each in activations],
+        )
         _, tensors, activations = tf.while_loop(
             lambda index, *_: index < slices.count,
             body,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).with_name("mirrored")
-MODULES = ["laws", "saving", "batch_norm", "stages", "ways", "precision"]
+MODULES = ["laws", "saving", "batch_norm", "stages", "ways", "precision", "whole_batch"]
 #: Of some modules, the tests to which the number of replicas may make a difference.
 OF_FOUR = {
     "laws": "(every_model and across) or (without_rows and not sum) or arrays",

@@ -512,14 +512,17 @@ def test_replicas_that_are_not_brought_together(strategy, way, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["across", "both"])
-def test_the_log_of_updates(strategy, way):
-    """Norms and shares are those of all replicas together; a batch counts once."""
+def test_the_log_of_updates(strategy, way, tmp_path):
+    """Norms and shares are those of all replicas together; a batch counts once, and so do rows."""
     clip = {**feeding.WAYS[way], "agc": 0.5}
     plain, model = pair(strategy, **clip)
     start = plain.get_weights()
     one_device = ga.make_accumulating(plain, agc=0.5)
     windows = windows_of(strategy, [feeding.STEPS, 1])
-    ours = feeding.fit(strategy, model, windows, callbacks=[ga.AccumulationLog()])
+    log = ga.AccumulationLog(csv=tmp_path / "log.csv", tensorboard=tmp_path)
+    ours = feeding.fit(strategy, model, windows, callbacks=[log])
+    rows = (tmp_path / "log.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[1] for row in rows] == ["1", "2"]
     theirs = feeding.fit_plain(one_device, windows, callbacks=[ga.AccumulationLog()])
     assert max(np.max(np.abs(a - b)) for a, b in zip(start, one_device.get_weights())) > 1e-4
     assert ours["updates"] == theirs["updates"] == [2]
