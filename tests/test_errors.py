@@ -111,8 +111,10 @@ SPECS = [
     (
         lambda: ga.Split(4, whole_batch_loss=1),
         TypeError,
-        "Split.whole_batch_loss must be True, False or 'gathered'; got 1 (int). The default is "
-        "False.",
+        (
+            "Split.whole_batch_loss must be True, False or 'gathered'; got 1 (int). The default is "
+            "False."
+        ),
     ),
     (lambda: ga.Scale(NAN), ValueError, f"{FACTOR} nan. {USE_ONE}"),
     (lambda: ga.Scale(-INF), ValueError, f"{FACTOR} -inf. {USE_ONE}"),
@@ -450,8 +452,10 @@ ARGUMENTS = [
     (
         {"micro_batch_size": 4, "whole_batch_loss": "yes"},
         ValueError,
-        "Split.whole_batch_loss must be True, False or 'gathered'; got 'yes'. The default is "
-        "False.",
+        (
+            "Split.whole_batch_loss must be True, False or 'gathered'; got 'yes'. The default is "
+            "False."
+        ),
     ),
 ]
 
