@@ -316,7 +316,8 @@ class _Batch:
     ) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
         """The loss by kind, and the weight of the batch."""
         optimizer = self._model.optimizer
-        if not self._windows.open(optimizer).crosses_batches and count_replicas() == 1:
+        is_window = not self._windows.open(optimizer).crosses_batches
+        if is_window and count_replicas() == 1:
             return {SUM: loss}, tf.ones([], tf.float64)
         if has_kinds and _keras.has_sum_losses(self._model):
             by_kind = weighting.losses_by_kind(None)
@@ -325,6 +326,8 @@ class _Batch:
             by_kind = {weighting.kind(optimizer) if is_number else SUM: loss}
         if MEAN in by_kind:
             by_kind[MEAN] *= count_replicas()  # by which tf_keras divides it
+        if is_window and self._is_gathered:  # all replicas have the same loss
+            return by_kind, tf.ones([], tf.float64)
         return by_kind, weighting.weight(MEAN if MEAN in by_kind else SUM)
 
     def _seen(self, data: Any) -> Any:

@@ -6,7 +6,7 @@ import functools
 import json
 import warnings
 import weakref
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import tensorflow as tf
@@ -106,8 +106,9 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             mend_wrapper(optimizer)
             self.open(optimizer)
         self.pools = Pools(model)  # checkpointed under this name
-        #: What random layers draw by in passes that are repeated.
-        self.draws = self._no_dependency(Draws())
+        if self.chain.takes_whole_batches:
+            #: What random layers draw by in passes that are repeated.
+            self.draws = self._no_dependency(Draws())
         self._pass_counters = self._no_dependency(pass_counters_of(model))
         # What a batch is has a loss of its own, a window of several has not.
         takes_whole = self.chain.takes_whole_batches and self.accumulate.steps in (1, {0: 1})
@@ -312,8 +313,7 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
         followers[id(follower)] = action
 
     def trace_again(self) -> None:
-        """Have functions traced anew, as where a variable has its first gradient."""
-        self._flushes.clear()
+        """Have functions traced anew: a variable has its first gradient in a later trace."""
         model = self._model()
         if model.train_function is None:
             self.warn_once(
@@ -321,23 +321,30 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
                 f"{model.name}: a variable has its first gradient in a later trace of train_step. "
                 "Functions of your own that were traced before leave it out: make them anew.",
             )
-        else:
+        self._forget_traces()
+
+    def _forget_traces(self) -> None:
+        """Make functions anew, for traces as things are now."""
+        self._flushes.clear()
+        model = self._model()
+        if model.train_function is not None:  # that fit calls next
             with tf.init_scope():
                 model.train_function = None
                 model.train_function = model.make_train_function()
 
-    def measure(self, *, is_on: bool) -> Sequence[Measures]:
+    def measure(self, *, is_on: bool) -> Mapping[tuple[int, Turn], Measures]:
         """Have updates be measured from here on, or no more, in functions that are traced anew.
 
         Returns:
-            The measures of each window.
+            By window, the measures of those that have been handed gradients.
         """
         if is_on != (self._measures is not None):
             self._measures = self._no_dependency({}) if is_on else None
-            self.trace_again()
+            _keras.forget_traces(self._model())
+            self._forget_traces()
         with scope_of(self._model()):
-            found = [self._measures_of(key) for key in self._windows]
-        return [each for each in found if each is not None]
+            found = {key: self._measures_of(key) for key in self._windows}
+        return {key: each for key, each in found.items() if each and key in self._updates}
 
     def _measures_of(self, key: tuple[int, Turn]) -> Optional[Measures]:
         """Of a window; None where nobody asks."""

@@ -35,7 +35,12 @@ def strategy_of(workers):
     return tf.distribute.ParameterServerStrategy(resolver)
 
 
-def network():
+def variance(y_true, y_pred):
+    """A loss that couples the rows of a batch."""
+    return tf.math.reduce_variance(y_true - y_pred) + tf.reduce_mean(y_pred) ** 2
+
+
+def network(loss):
     layers = [
         tf_keras.Input([WIDTH], dtype="int32"),
         tf_keras.layers.Embedding(9, 3),
@@ -44,7 +49,7 @@ def network():
         tf_keras.layers.Dense(2),
     ]
     model = tf_keras.Sequential(layers)
-    model.compile(tf_keras.optimizers.Adam(0.05), "mse", metrics=["mae"], steps_per_execution=2)
+    model.compile(tf_keras.optimizers.Adam(0.05), loss, metrics=["mae"], steps_per_execution=2)
     return model
 
 
@@ -55,16 +60,16 @@ def endless(x, y):
     return data.with_options(options)
 
 
-def assert_the_law(strategy):
+def assert_the_law(strategy, loss, **way):
     """With one worker, which takes the batches in their order: the weights of the plain model."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 9, size=[3 * ROWS, WIDTH])
     y = rng.normal(size=[3 * ROWS, 2])
-    plain = network()
+    plain = network(loss)
     with strategy.scope():
-        model = network()
+        model = network(loss)
         model.set_weights(plain.get_weights())
-        model = ga.make_accumulating(model, micro_batch_size=5)
+        model = ga.make_accumulating(model, micro_batch_size=5, **way)
     plain.fit(x, y, batch_size=ROWS, epochs=2, shuffle=False, verbose=0)
     history = model.fit(endless(x, y), steps_per_epoch=3, epochs=2, verbose=0).history
     assert model.optimizer.iterations.numpy() == 6
@@ -151,7 +156,8 @@ def main(workers):
     warnings.simplefilter("ignore")
     strategy = strategy_of(workers)
     if workers == 1:
-        assert_the_law(strategy)
+        assert_the_law(strategy, "mse")
+        assert_the_law(strategy, variance, whole_batch_loss=True)
         assert_rewrites_and_skips(strategy)
         assert_refused_across_batches(strategy)
     assert_no_worker_sees_the_gradients_of_another(strategy)
