@@ -6,8 +6,9 @@ with them, and without them again afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Union
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional, Union
 
 import tensorflow as tf
 
@@ -17,11 +18,46 @@ from ga_transform.replicas import local_variable
 from ga_transform.specs import Transform
 from ga_transform.stages import counter_of
 
-__all__ = ["UPDATES", "Measures"]
+__all__ = ["Measures", "Sums"]
 
-UPDATES, PARTIAL_WINDOWS, MICRO_BATCHES = "updates", "partial_windows", "micro_batches"
 NORM, CLIPPED_NORM = "gradient_norm", "clipped_gradient_norm"
-PER_UPDATE = "micro_batches_per_update"
+
+
+class Units(NamedTuple):
+    """What a clip may clip: variables, or what they hold."""
+
+    clipped: Any
+    all: Any
+
+
+class Sums(NamedTuple):
+    """What is counted of a window's updates: variables, or what they hold at a moment."""
+
+    updates: Any
+    partial_windows: Any
+    micro_batches: Any
+    #: By their names in logs.
+    norms: dict[str, Any]
+    #: By the names of their shares in logs.
+    units: dict[str, Units]
+
+    def since(self, before: Optional[Sums]) -> dict[str, Union[int, float]]:
+        """What is logged of the updates since an earlier moment, or the first; NaN for means of none.
+
+        Args:
+            before: The numbers of that moment.
+        """
+        change = self if before is None else tf.nest.map_structure(operator.sub, self, before)
+        updates = change.updates
+        norms = {name: _mean(norm, updates) for name, norm in change.norms.items()}
+        shares = {name: _mean(*units) for name, units in change.units.items()}
+        return {
+            "updates": int(updates),
+            "partial_windows": int(change.partial_windows),
+            "micro_batches_per_update": _mean(change.micro_batches, updates),
+            **norms,
+            **shares,
+        }
 
 
 class Measures:
@@ -32,16 +68,17 @@ class Measures:
     """
 
     def __init__(self, chain: Chain) -> None:
-        #: By their places among the stages of an update.
-        self._clips = {
-            place: spec for place, spec in enumerate(chain.update_stages) if counter_of(spec)
-        }
-        self._has_stages = bool(chain.update_stages)
-        names = [UPDATES, PARTIAL_WINDOWS, MICRO_BATCHES, NORM, CLIPPED_NORM]
+        stages = chain.update_stages
+        #: By the places of clips among the stages of an update, the names of their shares in logs.
+        self._shares = _names_of_shares(stages)
         with tf.init_scope():
-            self._sums = {name: _variable() for name in names}
-            #: By clip, the units that were clipped, and all.
-            self._units = {place: (_variable(), _variable()) for place in self._clips}
+            self._sums = Sums(
+                updates=_variable(),
+                partial_windows=_variable(),
+                micro_batches=_variable(),
+                norms={name: _variable() for name in ([NORM, CLIPPED_NORM] if stages else [NORM])},
+                units={name: Units(_variable(), _variable()) for name in self._shares.values()},
+            )
             #: The micro-batches of the window that ends now; one, where all are windows.
             self._size = _variable(1)
 
@@ -55,7 +92,7 @@ class Measures:
 
     def note_partial(self) -> None:
         """Hear that the window that ends is a partial one."""
-        self._sums[PARTIAL_WINDOWS].assign_add(1)
+        self._sums.partial_windows.assign_add(1)
 
     def note_update(self, gradients: Sequence[Gradient], staged: Sequence[Gradient]) -> None:
         """Hear of an update, as it is made.
@@ -64,11 +101,11 @@ class Measures:
             gradients: The means over its window.
             staged: What the stages have made of them.
         """
-        self._sums[UPDATES].assign_add(1)
-        self._sums[MICRO_BATCHES].assign_add(self._size)
-        self._sums[NORM].assign_add(_norm(gradients))
-        if self._has_stages:
-            self._sums[CLIPPED_NORM].assign_add(_norm(staged))
+        self._sums.updates.assign_add(1)
+        self._sums.micro_batches.assign_add(self._size)
+        self._sums.norms[NORM].assign_add(_norm(gradients))
+        if CLIPPED_NORM in self._sums.norms:
+            self._sums.norms[CLIPPED_NORM].assign_add(_norm(staged))
 
     def note_stage(
         self,
@@ -83,51 +120,27 @@ class Measures:
         count_clipped = counter_of(spec)
         if count_clipped is not None:
             counts = count_clipped(spec, before, after, variables, model)
-            for total, count in zip(self._units[place], counts):
+            for total, count in zip(self._sums.units[self._shares[place]], counts):
                 total.assign_add(tf.cast(count, tf.float64))
 
-    def read(self) -> dict[str, float]:
-        """The sums so far, by name; those of a clip as "clipped" and "units", and its place."""
-        sums = {name: float(variable.numpy()) for name, variable in self._sums.items()}
-        for place, (clipped, units) in self._units.items():
-            sums[f"clipped {place}"] = float(clipped.numpy())
-            sums[f"units {place}"] = float(units.numpy())
-        return sums
+    def read(self) -> Sums:
+        """The numbers so far."""
+        numbers: Sums = tf.nest.map_structure(lambda each: float(each.numpy()), self._sums)
+        return numbers
 
-    @property
-    def names(self) -> list[str]:
-        """What `summary` may hold."""
-        stages = [CLIPPED_NORM] if self._has_stages else []
-        shares = self._names_of_shares().values()
-        return [UPDATES, PARTIAL_WINDOWS, PER_UPDATE, NORM, *stages, *shares]
 
-    def summary(
-        self, sums: Mapping[str, float], before: Mapping[str, float]
-    ) -> dict[str, Union[int, float]]:
-        """What is logged of the updates between two readings; NaN for means of none."""
-        change = {name: value - before.get(name, 0.0) for name, value in sums.items()}
-        updates = change[UPDATES]
-        logs: dict[str, Union[int, float]] = {
-            UPDATES: int(updates),
-            PARTIAL_WINDOWS: int(change[PARTIAL_WINDOWS]),
-            PER_UPDATE: _mean(change[MICRO_BATCHES], updates),
-            NORM: _mean(change[NORM], updates),
-        }
-        if self._has_stages:
-            logs[CLIPPED_NORM] = _mean(change[CLIPPED_NORM], updates)
-        for place, name in self._names_of_shares().items():
-            logs[name] = _mean(change[f"clipped {place}"], change[f"units {place}"])
-        return logs
-
-    def _names_of_shares(self) -> dict[int, str]:
-        """By clip, the name of its share in logs."""
-        kinds = [type(clip).__name__ for clip in self._clips.values()]
-        if len(kinds) == 1:
-            return dict.fromkeys(self._clips, "clipped_share")
-        return {
-            place: f"clipped_share_{kind}" + (f"_{place}" if kinds.count(kind) > 1 else "")
-            for place, kind in zip(self._clips, kinds)
-        }
+def _names_of_shares(stages: Sequence[Transform]) -> dict[int, str]:
+    """By the place of each clip, the name of its share in logs: with its stage, where it must be."""
+    clips = {place: type(spec).__name__ for place, spec in enumerate(stages) if counter_of(spec)}
+    kinds = list(clips.values())
+    if len(kinds) == 1:
+        return dict.fromkeys(clips, "clipped_share")
+    return {
+        place: f"clipped_share_stage_{place + 1}_{kind}"
+        if kinds.count(kind) > 1
+        else f"clipped_share_{kind}"
+        for place, kind in clips.items()
+    }
 
 
 def _variable(value: int = 0) -> tf.Variable:

@@ -366,6 +366,8 @@ class _EndOfEpoch(keras_callbacks.Callback):  # type: ignore[misc]
 
     def on_train_begin(self, logs: Any = None) -> None:
         self.was_called = True
+        # An AccumulationLog of a fit that broke off; that of this fit comes later.
+        self._accumulating._open_windows().measure(is_on=False)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         # A backup at an epoch's last batch was made before the epoch was settled; training goes

@@ -126,14 +126,17 @@ def test_the_share_of_clipped_units(float64, clip):
 
 
 def test_several_clips_have_a_share_each():
-    """By their names; of two of a kind, with their places."""
+    """By their names; of two of a kind, with their stages of the update, counted from one."""
     clips = [ga.ClipByValue(0.3), ga.ClipByNorm(1.0), ga.ClipByNorm(0.5)]
     model = ga.make_accumulating(build(), transforms=[ga.Accumulate(STEPS), *clips])
     shares = {name: value for name, value in logged(model, batches()).items() if "share" in name}
     assert shares.keys() == {
-        "clipped_share_ClipByValue", "clipped_share_ClipByNorm_1", "clipped_share_ClipByNorm_2"
-    }  # fmt: skip
-    assert shares["clipped_share_ClipByNorm_2"] >= shares["clipped_share_ClipByNorm_1"]
+        "clipped_share_ClipByValue",
+        "clipped_share_stage_2_ClipByNorm",
+        "clipped_share_stage_3_ClipByNorm",
+    }
+    first, second = (shares[f"clipped_share_stage_{stage}_ClipByNorm"] for stage in (2, 3))
+    assert second >= first
 
 
 def test_slices_of_embeddings(float64):
@@ -167,35 +170,111 @@ def test_windows_that_are_skipped_are_no_updates():
 
 
 class Two(tf_keras.Model):
-    """Two optimizers, one a layer, of which the second has ten times the gradient."""
+    """Two optimizers, one a layer, of which the second has ten times the gradient.
+
+    As in many a GAN, there is a third, which `compile` makes if it is given none, and which rests.
+    """
+
+    #: The layers that are trained.
+    trained = (0, 1)
 
     def __init__(self):
         super().__init__()
         self.parts = [own_models.dense(1), own_models.dense(1)]
+
+    def compile(self):
+        super().compile()
         self.optimizers = [tf_keras.optimizers.SGD(0.0), tf_keras.optimizers.SGD(0.0)]
 
     def train_step(self, data):
         x, y = data
-        for part, optimizer, scale in zip(self.parts, self.optimizers, (1.0, 10.0)):
+        for place in self.trained:
+            part, scale = self.parts[place], (1.0, 10.0)[place]
             with tf.GradientTape() as tape:
                 loss = scale * tf.reduce_mean((part(x) - y) ** 2)
             variables = part.trainable_variables
-            optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+            self.optimizers[place].apply_gradients(zip(tape.gradient(loss, variables), variables))
         return {"loss": loss}
 
 
-def test_several_optimizers_have_logs_of_their_own(float64):
-    """The second's end in `_1`."""
-    model = Two()
+def build_two(kind=Two):
+    model = kind()
     model.compile()
-    ga.make_accumulating(model, 2, inplace=True)
     for part in model.parts:
         part.build([None, 4])
     model.parts[1].set_weights(model.parts[0].get_weights())
-    history = logged(model, [(x, y[:, :1]) for x, y in batches([2, 2, 2])])
+    return ga.make_accumulating(model, 2, inplace=True)
+
+
+def batches_of_one_output(sizes):
+    return [(x, y[:, :1]) for x, y in batches(sizes)]
+
+
+def test_several_optimizers_have_logs_of_their_own(float64, tmp_path):
+    """The second's end in `_1`; one that is handed nothing has none. Rows count as they do."""
+    log = ga.AccumulationLog(csv=tmp_path / "log.csv")
+    history = logged(build_two(), batches_of_one_output([2, 2, 2, 2]), log)
     assert history["updates"] == history["updates_1"] == [2]
+    assert "updates_2" not in history
     ratio = history["gradient_norm_1"][0] / history["gradient_norm"][0]
     np.testing.assert_allclose(ratio, 10.0)
+    assert [row["update"] for row in rows_of(tmp_path / "log.csv")] == ["1", "2"]
+
+
+def test_an_optimizer_that_begins_later(float64, tmp_path):
+    """Its names come after those of others, in columns that the table gets with its first row."""
+    model = build_two()
+
+    def begin(epoch, logs):
+        model.trained = [(1,), (0, 1)][epoch]
+        model.train_function = None
+        model.make_train_function()
+
+    later = tf_keras.callbacks.LambdaCallback(on_epoch_begin=begin)
+    path = tmp_path / "log.csv"
+    callbacks = [later, ga.AccumulationLog(csv=path)]
+    data = cases.dataset(batches_of_one_output([2, 2]))
+    history = model.fit(data, epochs=2, verbose=0, callbacks=callbacks).history
+    first, second = rows_of(path)
+    assert first["gradient_norm"] == second["gradient_norm"]
+    assert (first["gradient_norm_1"], first["updates"]) == ("", "1")
+    np.testing.assert_allclose(float(second["gradient_norm_1"]), history["gradient_norm"][0] / 10)
+    for source, places in ((path, [1, 2]), (history, [2])):
+        later_line = ga.plot_log(source).axes[0].get_lines()[1]
+        assert list(later_line.get_xdata()) == places
+
+
+class Turns(Two):
+    """One optimizer for both layers, which a step calls twice."""
+
+    def compile(self):
+        super().compile()
+        self.optimizers = [tf_keras.optimizers.legacy.SGD(0.0)] * 2
+
+
+def test_calls_of_one_optimizer_have_logs_of_their_own(float64, tmp_path):
+    """A step's second call of it has a window of its own, which its trace makes."""
+    log = ga.AccumulationLog(csv=tmp_path / "log.csv")
+    logged(build_two(Turns), batches_of_one_output([2, 2, 2, 2]), log)
+    rows = rows_of(tmp_path / "log.csv")
+    assert [(row["update"], row["updates"], row["updates_1"]) for row in rows] == [
+        ("2", "1", "1"),
+        ("4", "1", "1"),
+    ]
+
+
+class Traced(Two):
+    """A step that is a function of TensorFlow, with traces of its own."""
+
+    train_step = tf.function(Two.train_step)
+
+
+def test_a_step_that_was_traced_before(float64):
+    """It is traced again, to be measured."""
+    model, data = build_two(Traced), batches_of_one_output([2, 2])
+    model.fit(cases.dataset(data), verbose=0)
+    history = logged(model, data)
+    assert history["updates"] == history["updates_1"] == [1]
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -223,6 +302,37 @@ def test_rows_of_a_table(float64, tmp_path, every):
     assert [row["epoch"] for row in rows] == ["0"] * (len(rows) // 2) + ["1"] * (len(rows) // 2)
     assert [int(row["partial_windows"]) for row in rows][-1] == 1
     assert history["updates"] == [3, 3]
+
+
+def test_a_run_that_is_resumed_goes_on_with_its_table(tmp_path):
+    """As `append` asks: the table is that of a run without a break, but for a line cut off."""
+    data = batches()
+    data[1][0][:] = np.inf
+
+    def train(path, stops_at=None):
+        def begin(epoch, logs):
+            if epoch == stops_at:
+                raise KeyboardInterrupt
+
+        callbacks = [
+            ga.AccumulationLog(csv=path, append=True),
+            tf_keras.callbacks.BackupAndRestore(str(path.with_suffix(""))),
+            tf_keras.callbacks.LambdaCallback(on_epoch_begin=begin),
+        ]
+        model = ga.make_accumulating(build(tf_keras.optimizers.SGD(0.1)), STEPS)
+        model.fit(cases.dataset(data), epochs=2, verbose=0, callbacks=callbacks)
+
+    whole, broken = tmp_path / "whole.csv", tmp_path / "broken.csv"
+    train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, stops_at=1)
+    with broken.open("a") as file:
+        file.write("1,3")
+    train(broken)
+    rows = rows_of(broken)
+    assert rows.pop(3)["updates"] is None
+    assert rows == rows_of(whole)
+    assert [row["skipped_windows"] for row in rows] == ["1", "0", "0"] * 2
 
 
 def test_summaries_for_tensorboard(tmp_path):
@@ -266,6 +376,44 @@ def test_nothing_is_computed_without_it():
     assert operations(model) == without
 
 
+def test_a_fit_that_breaks_off_leaves_nothing_on(tmp_path):
+    """A later fit without the log is what it was; of a file that cannot be written, none begins."""
+    model = ga.make_accumulating(build(), STEPS, agc=0.05)
+    model.fit(cases.dataset(batches()), verbose=0)
+    without = operations(model)
+    log = ga.AccumulationLog(csv=tmp_path / "nowhere" / "log.csv")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        model.fit(cases.dataset(batches()), verbose=0, callbacks=[log])
+    assert operations(model) == without
+
+    def interrupt(batch, logs):
+        raise KeyboardInterrupt
+
+    stop = tf_keras.callbacks.LambdaCallback(on_train_batch_end=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(cases.dataset(batches()), verbose=0, callbacks=[ga.AccumulationLog(), stop])
+    assert operations(model) > without
+    model.fit(cases.dataset(batches()), verbose=0)
+    assert operations(model) == without
+
+
+def test_a_loop_of_ones_own():
+    """Around `train_on_batch`: what the log changes in the model is nothing to warn of."""
+    model = ga.make_accumulating(build(), 2)
+    log = ga.AccumulationLog()
+    callbacks = tf_keras.callbacks.CallbackList([log], add_history=True, model=model)
+    callbacks.on_train_begin()
+    callbacks.on_epoch_begin(0)
+    for batch, (x, y) in enumerate(batches([2, 2, 2, 2])):
+        callbacks.on_train_batch_begin(batch)
+        model.train_on_batch(x, y)
+        callbacks.on_train_batch_end(batch)
+    callbacks.on_epoch_end(0)
+    callbacks.on_train_end()
+    assert model.history.history["updates"] == [2]
+    assert ga.explain(model).is_exact
+
+
 def test_it_changes_nothing():
     """Weights and other logs are those of a run without it, to the bit."""
     ends = []
@@ -284,6 +432,8 @@ def test_it_changes_nothing():
         ({"every": 0}, ValueError, r"every must be an int >= 1; got 0\. The default is 1\."),
         ({"every": 1.5}, TypeError, r"every must be an int >= 1; got 1\.5 \(float\)\."),
         ({"csv": 3}, TypeError, r"csv must be a path; got 3 \(int\)\. None writes none\."),
+        ({"csv": ""}, ValueError, r"csv must be a path; got ''\. None writes none\."),
+        ({"append": 1}, TypeError, r"append must be True or False; got 1 \(int\)\. The default"),
     ],
 )
 def test_what_it_cannot_be_given(arguments, error, text):
@@ -314,9 +464,35 @@ def test_a_figure_of_a_history_and_of_a_table(tmp_path):
         assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_figures_of_something_else_are_refused():
+def test_a_figure_of_the_table_of_a_csv_logger(tmp_path):
+    """By its epochs; what is no number is a gap, and a line that was cut off is left out."""
+    path = tmp_path / "epochs.csv"
+    path.write_text("epoch,gradient_norm,loss,val_loss\n0,3.0,1.0,NA\n1,NA,1.0,2.0\n2,2.0,1")
+    (axes,) = ga.plot_log(path).axes
+    (line,) = axes.get_lines()
+    assert axes.get_xlabel() == "epoch"
+    assert list(line.get_xdata()) == [0, 1]
+    np.testing.assert_array_equal(line.get_ydata(), [3.0, np.nan])
+
+
+def test_updates_between_gaps_are_seen():
+    """However many there are, each has a marker; and no line hides another."""
+    values = [math.nan, 1.0] * 50
+    figure = ga.plot_log({"gradient_norm": values, "clipped_gradient_norm": values})
+    lines = figure.axes[0].get_lines()
+    assert {line.get_marker() for line in lines} == {"."}
+    assert len({line.get_linestyle() for line in lines}) == 2
+
+
+def test_figures_of_something_else_are_refused(tmp_path):
     """On one line."""
     with pytest.raises(ValueError, match=r"^plot_log\.log must hold .*; got loss\. Pass Acc"):
         ga.plot_log({"loss": [1.0]})
-    with pytest.raises(TypeError, match=r"^plot_log\.log must be what fit returned"):
-        ga.plot_log(3)
+    for wrong in (3, {"gradient_norm": 3.0}):
+        with pytest.raises(TypeError, match=r"^plot_log\.log must be what fit returned"):
+            ga.plot_log(wrong)
+    path = tmp_path / "something.bin"
+    for content in (b"", b"epoch,update,gradient_norm\n", bytes(range(1, 256)) * 9):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^plot_log\.log must hold .*; got .{,99}\. Pass Acc"):
+            ga.plot_log(path)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv as csv_files
 import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Union
 
-import tensorflow as tf
 from tf_keras import callbacks as keras_callbacks
 
-from ga_transform.errors import wrong_type
+from ga_transform import _keras
+from ga_transform.callbacks.rows import Summaries, Table
+from ga_transform.errors import wrong_type, wrong_value
 from ga_transform.fields import check_count
-from ga_transform.measures import UPDATES, Measures
-from ga_transform.optimizer_state import iterations_of
+from ga_transform.measures import Sums
+from ga_transform.optimizer_state import updates_of
 
 __all__ = ["AccumulationLog"]
-
-_SKIPPED = ("skipped_windows", "skipped_micro_batches")
 
 
 class AccumulationLog(keras_callbacks.Callback):  # type: ignore[misc]
@@ -32,26 +28,32 @@ class AccumulationLog(keras_callbacks.Callback):  # type: ignore[misc]
     - `clipped_gradient_norm`: the same after the stages, where the chain has any;
     - `clipped_share`: of the units that a clip may clip, those that it has clipped, from 0 to 1
       (`ClipByAGC`: units of weights; `ClipByNorm`: gradients; `ClipByGlobalNorm`: updates;
-      `ClipByValue`: elements). With several clips, `clipped_share_ClipByAGC` and so on;
-    - `micro_batches_per_update`: their mean number;
+      `ClipByValue`: elements). With several clips, `clipped_share_ClipByAGC` and so on; of two of
+      a kind, `clipped_share_stage_2_ClipByNorm`, where the update's second stage is one;
+    - `micro_batches_per_update`: their mean number, those included that were left out;
     - `partial_windows`: how many were flushed;
     - `skipped_windows`: updates that were not made, because their gradients were not finite;
     - `skipped_micro_batches`: those that were left out of their windows.
 
     They stand in `fit(...).history`, and callbacks after this one (CSVLogger, TensorBoard) write
-    them. Of several optimizers, the names of the second and later ones end in `_1`, `_2`, ...
-    Without this callback nothing of it is computed; with it, the training function is traced
-    once more.
+    them. Of several optimizers that are handed gradients, the names of the second and later ones
+    end in `_1`, `_2`, ... Without this callback nothing of it is computed; each fit with it traces
+    the training function once more, and so does the first fit after.
 
     Args:
-        csv: A file for a table with a row for each `every` updates, written over.
+        csv: A file for a table with a row for each `every` updates, written over. A window that
+            comes later than the first row adds its columns to the table.
         tensorboard: A folder for summaries of the same.
-        every: Updates that a row is the mean of, >= 1. A row is written when a batch ends, so one
-            that ends an epoch, or a call of several steps, may be of fewer or more.
+        every: Updates a row, >= 1: counts are their sums, all else is their mean. A row is
+            written when a batch ends, so one that ends an epoch, or a call of several steps, may
+            be of fewer or more.
+        append: Whether to go on with the table that is there, as where a run is resumed. What is
+            done over again then stands in it twice.
 
     Raises:
         TypeError: An argument has a wrong type; or, in `fit`, the model is not converted.
-        ValueError: `every` is < 1.
+        ValueError: `every` is < 1, or a path is empty.
+        OSError: In `fit`, before it trains: a file cannot be written.
 
     Example:
         >>> import numpy as np, tf_keras, ga_transform as ga
@@ -72,34 +74,44 @@ class AccumulationLog(keras_callbacks.Callback):  # type: ignore[misc]
         csv: Union[None, str, os.PathLike[str]] = None,
         tensorboard: Union[None, str, os.PathLike[str]] = None,
         every: int = 1,
+        append: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("csv", csv), ("tensorboard", tensorboard)):
+            owner, rule, remedy = f"AccumulationLog.{name}", "a path", "None writes none."
             if value is not None and not isinstance(value, (str, os.PathLike)):
-                raise wrong_type(f"AccumulationLog.{name}", "a path", value, "None writes none.")
+                raise wrong_type(owner, rule, value, remedy)
+            if value == "":
+                raise wrong_value(owner, rule, value, remedy)
         check_count("AccumulationLog.every", every, "The default is 1.")
-        self._every = every
+        if not isinstance(append, bool):
+            raise wrong_type(
+                "AccumulationLog.append", "True or False", append, "The default is False."
+            )
+        self._every, self._append = every, append
         self._csv, self._tensorboard = csv, tensorboard
-        self._files = contextlib.ExitStack()
-        self._writers: list[Callable[[dict[str, Any]], None]] = []
+        self._writers: list[Union[Table, Summaries]] = []
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Begin to measure."""
+        """Open the files, and begin to measure."""
         if getattr(self.model, "_open_windows", None) is None:
             raise wrong_type(
                 "AccumulationLog", "given to fit of a converted model", self.model,
                 "Convert it with make_accumulating.",
             )  # fmt: skip
-        self._of_epoch = self._of_row = self._read()
         self._writers = []
         if self._csv is not None:
-            self._writers.append(self._table_writer(self._csv))
+            self._writers.append(Table(self._csv, append=self._append))
         if self._tensorboard is not None:
-            self._writers.append(self._summary_writer(self._tensorboard))
+            self._writers.append(Summaries(self._tensorboard))
+        #: By window, what its names end in.
+        self._suffixes: dict[Any, str] = {}
+        self._read()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Know the epoch of the rows."""
+        """Know where the epoch begins, and its first row: by now, a backup has been restored."""
         self._epoch = epoch
+        self._of_epoch = self._of_row = self._read()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Write a row, if it is time."""
@@ -107,98 +119,60 @@ class AccumulationLog(keras_callbacks.Callback):  # type: ignore[misc]
             self._write_row(self._every)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Write what is left, and log what has been since the last epoch."""
+        """Write what is left, and log what has been in the epoch."""
         if self._writers:
             self._write_row(1)
-        now = self._read()
         if logs is not None:
-            logs.update(now.since(self._of_epoch))
-        self._of_epoch = now
+            logs.update(self._read().since(self._of_epoch))
 
     def on_train_end(self, logs: Any = None) -> None:
         """Measure no more."""
         self.model._open_windows().measure(is_on=False)
-        self._files.close()
+        self._writers = []
 
     def _read(self) -> _Reading:
         windows = self.model._open_windows()
         measures = windows.measure(is_on=True)
-        return _Reading(measures, [each.read() for each in measures], windows.skipped)
+        for key in measures:  # those that come later come last, so that no name changes
+            self._suffixes.setdefault(key, f"_{len(self._suffixes)}" if self._suffixes else "")
+        sums = {self._suffixes[key]: each.read() for key, each in measures.items()}
+        # Their own counts go on where a run is resumed; an optimizer made of others may have none.
+        counts = [updates_of(optimizer) for optimizer in _keras.optimizers_within(self.model)]
+        counts += [int(each.updates) for each in sums.values()]
+        return _Reading(max(counts, default=0), sums, *windows.skipped)
 
     def _write_row(self, every: int) -> None:
         """Write what has been since the last row, if it is of so many updates."""
         now = self._read()
         if now.windows - self._of_row.windows < every:
             return
-        count = iterations_of(self.model.optimizer)  # goes on where a run is resumed
-        update = now.updates if count is None else int(count)
-        row = {"epoch": self._epoch, "update": update, **now.since(self._of_row)}
+        row = {"epoch": self._epoch, "update": now.updates, **now.since(self._of_row)}
         self._of_row = now
-        for write in self._writers:
-            write(row)
-
-    def _table_writer(self, path: Union[str, os.PathLike[str]]) -> Callable[[Any], None]:
-        opened = Path(path).open("w", newline="", encoding="utf-8")  # noqa: SIM115 (of a whole fit)
-        file = self._files.enter_context(opened)
-        table = csv_files.DictWriter(file, ["epoch", "update", *self._of_row.names])
-        table.writeheader()
-
-        def write(row: dict[str, Any]) -> None:
-            table.writerow(row)
-            file.flush()
-
-        return write
-
-    def _summary_writer(self, folder: Union[str, os.PathLike[str]]) -> Callable[[Any], None]:
-        writer = tf.summary.create_file_writer(os.fspath(folder))
-        self._files.callback(writer.close)
-
-        def write(row: dict[str, Any]) -> None:
-            with writer.as_default(step=row["update"]):
-                for name, value in row.items():
-                    if name not in ("epoch", "update"):
-                        tf.summary.scalar(f"accumulation/{name}", value)
-
-        return write
+        for writer in self._writers:
+            writer.write(row)
 
 
 class _Reading(NamedTuple):
     """All that has been counted up to a moment."""
 
-    measures: Sequence[Measures]
-    #: Of each window's measures.
-    sums: Sequence[Mapping[str, float]]
-    #: Windows and micro-batches that were skipped.
-    skipped: tuple[int, int]
-
-    @property
-    def updates(self) -> int:
-        """The updates that were made."""
-        return sum(int(sums[UPDATES]) for sums in self.sums)
+    #: Of the optimizer that has made the most.
+    updates: int
+    #: Of each window, by what its names end in.
+    sums: Mapping[str, Sums]
+    skipped_windows: int
+    skipped_micro_batches: int
 
     @property
     def windows(self) -> int:
         """The windows that have ended."""
-        return self.updates + self.skipped[0]
+        return self.updates + self.skipped_windows
 
-    @property
-    def names(self) -> list[str]:
-        """All that can be logged."""
-        return [name for names in self._names() for name in names.values()] + list(_SKIPPED)
-
-    def since(self, earlier: _Reading) -> dict[str, float]:
+    def since(self, earlier: _Reading) -> dict[str, Union[int, float]]:
         """What is logged of the time since an earlier reading."""
-        logs: dict[str, float] = {}
-        sums_before = [*earlier.sums, *[{}] * (len(self.sums) - len(earlier.sums))]
-        for each, names, sums, before in zip(self.measures, self._names(), self.sums, sums_before):
-            summary = each.summary(sums, before)
-            logs.update((names[name], value) for name, value in summary.items())
-        counts = zip(_SKIPPED, self.skipped, earlier.skipped)
-        return {**logs, **{name: now - before for name, now, before in counts}}
-
-    def _names(self) -> list[dict[str, str]]:
-        """By window, what its measures are called in logs."""
-        return [
-            {name: f"{name}_{place}" if place else name for name in each.names}
-            for place, each in enumerate(self.measures)
-        ]
+        logs: dict[str, Union[int, float]] = {}
+        for suffix, sums in self.sums.items():
+            changes = sums.since(earlier.sums.get(suffix))
+            logs.update((f"{name}{suffix}", value) for name, value in changes.items())
+        for name in ("skipped_windows", "skipped_micro_batches"):
+            logs[name] = getattr(self, name) - getattr(earlier, name)
+        return logs
