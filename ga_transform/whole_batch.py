@@ -73,7 +73,7 @@ def train_on_whole_batch(
     with windows.draws.of_batch(model):
         outputs, activations, state = batch.pass_forward()
         pulls, weight = batch.differentiate(
-            outputs, activations, y, sample_weight, has_kinds=is_usual_loss
+            outputs, activations, y, sample_weight, is_usual_loss=is_usual_loss
         )
         state.restore()
         batch.pull_back(pulls, weight)
@@ -148,12 +148,19 @@ class _Batch:
         masks = [getattr(output, "_keras_mask", None) for output in outputs]
         self._structure = tf.nest.map_structure(lambda _: None, y_pred)
         self._masked = [place for place, mask in enumerate(masks) if mask is not None]
-        activations = [
-            loss * tf.cast(share, loss.dtype) for loss in _keras.activation_losses(self._model)
-        ]
         outputs = checked_outputs(outputs, count_rows(x), self._slices.rows_a_slice)
         self._shapes = [output.shape for output in outputs]
-        return outputs + [masks[place] for place in self._masked], activations
+        masks = [masks[place] for place in self._masked]
+        return outputs + masks, self._activations(share)
+
+    def _activations(self, share: tf.Tensor) -> list[tf.Tensor]:
+        """What activity regularisers and `add_loss` gave for a slice, times its share of the rows.
+
+        They are taken for means over rows, as they must be in a plain model to mean the same for
+        batches of any size.
+        """
+        losses = widened_outputs(_keras.activation_losses(self._model))
+        return [loss * tf.cast(share, loss.dtype) for loss in losses]
 
     def _packed(self, parts: Sequence[tf.Tensor]) -> Any:
         """The inputs of a slice."""
@@ -265,7 +272,7 @@ class _Batch:
         y: Any,
         sample_weight: Any,
         *,
-        has_kinds: bool,
+        is_usual_loss: bool,
     ) -> tuple[dict[str, _Pulls], tf.Tensor]:
         """The gradients of the loss of the batch.
 
@@ -273,19 +280,27 @@ class _Batch:
             outputs: Of the batch.
             activations: Of the batch, as `pass_forward` returned them.
             y, sample_weight: Of the batch.
-            has_kinds: Whether sums and means in the loss can be kept apart.
+            is_usual_loss: Whether `compute_loss` is tf_keras's own.
 
         Returns:
             By kind of loss, its gradient; and the weight of the batch in its window.
         """
         model = self._model
-        seen = self._seen((self._x, y, widened_outputs(outputs), sample_weight))
-        x, y, y_pred, sample_weight = seen
+        x, (y, y_pred, sample_weight) = (
+            self._x,
+            self._seen((y, widened_outputs(outputs), sample_weight)),
+        )
+        if not is_usual_loss:  # tf_keras's own does not look at the inputs
+            x = self._seen(x)
         of_outputs = tf.nest.flatten(y_pred)
         floating = [output for output in of_outputs if output.dtype.is_floating]
         variables = model.trainable_variables
         weighting = Weighting(
-            model, self._windows, seen, keeps_kinds_apart=has_kinds, is_own_step=False
+            model,
+            self._windows,
+            (x, y, sample_weight),
+            keeps_kinds_apart=is_usual_loss,
+            is_own_step=False,
         )
         recording = record_losses(
             model.compiled_loss,
@@ -296,7 +311,7 @@ class _Batch:
         with tf.GradientTape(persistent=True) as tape, recording:
             tape.watch([*floating, *activations])
             loss = model.compute_loss(x, y, y_pred, sample_weight)
-            by_kind, weight = self._by_kind(loss, weighting, has_kinds)
+            by_kind, weight = self._by_kind(loss, weighting, is_usual_loss)
         model._validate_target_and_loss(y, loss)
         pulls = {}
         for kind, part in by_kind.items():
@@ -312,14 +327,14 @@ class _Batch:
         return pulls, weight
 
     def _by_kind(
-        self, loss: tf.Tensor, weighting: Weighting, has_kinds: bool
+        self, loss: tf.Tensor, weighting: Weighting, is_usual_loss: bool
     ) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
         """The loss by kind, and the weight of the batch."""
         optimizer = self._model.optimizer
         is_window = not self._windows.open(optimizer).crosses_batches
         if is_window and count_replicas() == 1:
             return {SUM: loss}, tf.ones([], tf.float64)
-        if has_kinds and _keras.has_sum_losses(self._model):
+        if is_usual_loss and _keras.has_sum_losses(self._model):
             by_kind = weighting.losses_by_kind(None)
         else:
             is_number = loss.shape.rank in (0, None)
@@ -379,10 +394,7 @@ class _Batch:
 
     def _part(self, y_pred: list[tf.Tensor], pulls: _Pulls, share: tf.Tensor) -> tf.Tensor:
         """What has, in a slice, the gradient of the loss of the batch."""
-        activations = [
-            each * tf.cast(share, each.dtype) for each in _keras.activation_losses(self._model)
-        ]
-        pairs = [*zip(y_pred, pulls.outputs), *zip(activations, pulls.activations)]
+        pairs = [*zip(y_pred, pulls.outputs), *zip(self._activations(share), pulls.activations)]
         # What the loss makes of weights directly is shared out among the slices.
         for variable, pull in zip(self._model.trainable_variables, pulls.variables):
             if pull is not None:
