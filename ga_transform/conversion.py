@@ -278,6 +278,8 @@ def _check_model(owner: str, model: Any) -> None:
         remedy = "Pass an instance, not the class."
     elif inspect.isroutine(model):
         remedy = "Call it, and pass the model that it returns."
+    elif hasattr(model, "apply_gradients"):
+        remedy = "Pass the model that is compiled with it."
     packages = {base.__module__.split(".")[0] for base in type(model).__mro__}
     if "keras" in packages and hasattr(model, "fit"):
         version = importlib.import_module("keras").__version__

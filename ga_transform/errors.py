@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Optional
 
 __all__ = [
     "REMEDY_OF_COPY",
@@ -57,16 +57,19 @@ def shown(value: object) -> str:
     return f"{text} ({type(value).__name__})"
 
 
-def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """A remedy that offers the nearest known word, or else all of them.
+def did_you_mean(word: object, known: Iterable[str], otherwise: Optional[str] = None) -> str:
+    """A remedy that offers the nearest known word, or else another one, or else all of them.
 
     >>> did_you_mean("Acumulate", ["Accumulate", "Scale"])
     "Did you mean 'Accumulate'?"
     """
     known = sorted(known)
-    close = difflib.get_close_matches(str(word), known, n=1)
+    close = [each for each in known if each.endswith(f"_{word}")]  # float16, of mixed_float16
+    close = close or difflib.get_close_matches(str(word), known, n=1)
     if close:
         return f"Did you mean {close[0]!r}?"
+    if otherwise is not None:
+        return otherwise
     if not known:
         return "There is none."
     shown_words = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if known[10:] else "")

@@ -6,6 +6,7 @@ checks then refuse it, naming owner, rule, value and remedy. No TensorFlow in th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import operator
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 
 import attrs
 
-from ga_transform.errors import shown, wrong_type, wrong_value
+from ga_transform.errors import did_you_mean, shown, wrong_type, wrong_value
 
 __all__ = [
     "FrozenDict",
@@ -98,9 +99,19 @@ def count(remedy: str) -> Check:
 def check_count(owner: str, value: object, remedy: str) -> None:
     """Refuse what is no int of at least one."""
     if not _is_count(value):
-        raise wrong_type(owner, "an int >= 1", value, remedy)
+        raise wrong_type(owner, "an int >= 1", value, _count_of(value) or remedy)
     if value < 1:  # type: ignore[operator]
         raise wrong_value(owner, "an int >= 1", value, remedy)
+
+
+def _count_of(value: object) -> str:
+    """A remedy for a count that is written as a float or a string; "" for what is no count."""
+    if isinstance(value, (float, str)):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            if number >= 1 and number.is_integer():
+                return f"Write {number:.0f}."
+    return ""
 
 
 def number(rule: str, holds: Callable[[float], bool], remedy: str) -> Check:
@@ -129,8 +140,12 @@ def one_of(*choices: str) -> Check:
         if field.default is attrs.NOTHING:
             remedy = f"For example {choices[0]!r}."
         if not isinstance(value, str):
+            name = getattr(value, "name", None)
+            if name in choices:
+                remedy = f"Pass its name, {name!r}."
             raise wrong_type(_owner(spec, field), rule, value, remedy)
         if value not in choices:
+            remedy = did_you_mean(value, choices, otherwise=remedy)
             raise wrong_value(_owner(spec, field), rule, value, remedy)
 
     return check

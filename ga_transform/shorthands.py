@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ga_transform.chain import Chain
@@ -25,12 +25,15 @@ _DEFAULTS: Mapping[str, Any] = {
 _COMPANIONS = {"remainder": "accum_steps", "whole_batch_loss": "micro_batch_size"}
 
 
-def chain_of(owner: str, transforms: Any, **shorthands: Any) -> Chain:
+def chain_of(
+    owner: str, transforms: Any, *, spelled: Callable[[str], str] = str, **shorthands: Any
+) -> Chain:
     """The chain of `transforms`, or else of the shorthands.
 
     Args:
         owner: Who is called, for errors.
         transforms: A chain or a list of specs; None where there are shorthands.
+        spelled: How the caller writes the name of an argument, for errors.
         **shorthands: All of those of `make_accumulating`, by name.
 
     Raises:
@@ -44,15 +47,16 @@ def chain_of(owner: str, transforms: Any, **shorthands: Any) -> Chain:
         for name, needed in _COMPANIONS.items():
             if name in given and needed not in given:
                 raise ValueError(
-                    f"{owner}.{name} must come with {needed}; got "
-                    f"{name}={shorthands[name]!r} alone. Give {needed} too."
+                    f"{owner} must be given {spelled(needed)} with {spelled(name)}; got "
+                    f"{spelled(name)}={shorthands[name]!r} alone. Give {spelled(needed)} too."
                 )
         chain = Chain(*_specs(**shorthands))
     else:
         if given:
+            whole = spelled("transforms")
             raise ValueError(
-                f"{owner} must be given transforms or shorthands, not both; got transforms and "
-                f"{', '.join(given)}. Put all of it into transforms."
+                f"{owner} must be given {whole} or shorthands, not both; got {whole} and "
+                f"{', '.join(map(spelled, given))}. Put all of it into {whole}."
             )
         if not isinstance(transforms, (list, tuple, Chain)):
             raise wrong_type(
@@ -64,7 +68,8 @@ def chain_of(owner: str, transforms: Any, **shorthands: Any) -> Chain:
         chain = Chain(*transforms)
     if not len(chain):
         raise ValueError(
-            f"{owner} must be asked for something to do; got nothing. For example accum_steps=8."
+            f"{owner} must be asked for something to do; got nothing. For example "
+            f"{spelled('accum_steps')}=8."
         )
     return chain
 

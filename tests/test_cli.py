@@ -5,9 +5,13 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shlex
+import signal
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -17,6 +21,8 @@ import tf_keras
 
 import ga_transform as ga
 from ga_transform.cli import main
+from ga_transform.cli.files import REMEDIES
+from ga_transform.cli.speech import Refusal, refusing, said_on_one_line
 from ga_transform.models import AccumulatingModel
 from ga_transform.optimizer_state import state_of
 
@@ -58,7 +64,7 @@ def tree(folder):
     """All that a folder holds, hidden files too: names, permissions and contents."""
     return {
         str(path.relative_to(folder)): (
-            path.stat().st_mode,
+            path.lstat().st_mode,
             hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
         )
         for path in sorted(Path(folder).rglob("*"))
@@ -265,6 +271,7 @@ def folder(files, tmp_path, monkeypatch):
         "named.zip": plain,
         "empty.h5": b"",
         "text.json": b"no JSON",
+        "bytes.json": b"\xff\xfe\x80",
         "list.json": b"[]",
         "kind.json": b'{"version": 1, "transforms": [{"kind": "Scales", "version": 1}]}',
         "scale.json": b'{"version": 1, "transforms": [{"kind": "Scale", "version": 1, "factor": 2.0}]}',
@@ -272,6 +279,12 @@ def folder(files, tmp_path, monkeypatch):
         Path(name).write_bytes(content)
     Path("things").mkdir()
     Path("things/notes.txt").write_text("mine", "utf-8")
+    Path("kept").mkdir()
+    Path("kept/saved_model.pb").write_bytes(b"old")
+    Path("kept/notes.txt").write_text("mine", "utf-8")
+    os.mkfifo("pipe")
+    Path("gone.h5").symlink_to("none/large.h5")
+    Path("circle.h5").symlink_to("circle.h5")
     return tmp_path
 
 
@@ -301,9 +314,31 @@ REFUSED = {
         "OUT must be new; got model.keras, which is IN. --force writes over it."
     ),
     "convert model.keras things --accum-steps 2 --force": (
-        "OUT must be new, a file, or a SavedModel to be written over; got things, a folder of "
-        "other things. Take another name."
+        "OUT must be new, a file, or a SavedModel to be written over; got things, a folder that "
+        "holds notes.txt. Take another name."
     ),
+    "convert model.keras kept --accum-steps 2 --force": (
+        "OUT must be new, a file, or a SavedModel to be written over; got kept, a folder that "
+        "holds notes.txt. Take another name."
+    ),
+    "convert model.keras pipe --accum-steps 2 --force": (
+        "OUT must be new, a file or a folder; got pipe, which is something else. Take another name."
+    ),
+    f"convert pipe {OUT}": "pipe must be a saved model; got neither a file nor a folder.",
+    "convert model.keras circle.h5 --accum-steps 2 --force": (
+        "OUT must not be a link to itself; got circle.h5. Remove it."
+    ),
+    "convert model.keras 'a[b]' --accum-steps 2": (
+        "OUT must be without [ where it is a SavedModel's folder, since TensorFlow would look for "
+        "it as for a pattern; got a[b]. Take another name."
+    ),
+    **{
+        f"convert model.keras {name} --accum-steps 2": (
+            "OUT must end in .keras, .h5, .hdf5 in small letters, or be the name of a SavedModel's "
+            f"folder; got {name}. Take another name."
+        )
+        for name in ("large.KERAS", "large.H5", "large.pb", "large.zip")
+    },
     "convert model.keras . --accum-steps 2 --force": (
         "OUT must not be in IN, or around it; got .. Take another name."
     ),
@@ -311,21 +346,28 @@ REFUSED = {
         "OUT must be in a folder that exists; got none/large.h5. Make none."
     ),
     "convert model.keras large.h5": (
-        "convert must be asked for something to do; got nothing. For example accum_steps=8."
+        "convert must be asked for something to do; got nothing. For example --accum-steps=8."
     ),
     "convert model.keras large.h5 --accum-steps 0": (
         "Accumulate.steps must be an int >= 1; got 0. Use 1 to update on every batch."
     ),
     "convert model.keras large.h5 --remainder drop": (
-        "convert.remainder must come with accum_steps; got remainder='drop' alone. Give "
-        "accum_steps too."
+        "convert must be given --accum-steps with --remainder; got --remainder='drop' alone. Give "
+        "--accum-steps too."
     ),
     "convert model.keras large.h5 --chain scale.json --agc": (
-        "convert must be given transforms or shorthands, not both; got transforms and agc. Put all "
-        "of it into transforms."
+        "convert must be given --chain or shorthands, not both; got --chain and --agc. Put all of "
+        "it into --chain."
     ),
     "convert model.keras large.h5 --chain none.json": (
-        "[Errno 2] No such file or directory: 'none.json'"
+        "--chain none.json cannot be read: [Errno 2] No such file or directory: 'none.json'."
+    ),
+    "convert model.keras large.h5 --chain things": (
+        "--chain things cannot be read: [Errno 21] Is a directory: 'things'."
+    ),
+    "convert model.keras large.h5 --chain bytes.json": (
+        "--chain must be a file of JSON; got bytes.json, which is none: 'utf-8' codec can't decode "
+        "byte 0xff in position 0: invalid start byte"
     ),
     "convert model.keras large.h5 --chain text.json": (
         "--chain must be a file of JSON; got text.json, which is none: Expecting value: line 1 "
@@ -348,15 +390,53 @@ REFUSED = {
 def test_refused(folder, capsys, arguments):
     """What cannot be done is said in a line, and nothing changes on disk."""
     before = tree(folder)
-    assert main(arguments.split()) == 1
+    assert main(shlex.split(arguments)) == 1
     assert capsys.readouterr() == ("", f"ga-transform: error: {REFUSED[arguments]}\n")
     assert tree(folder) == before
+
+
+def test_a_link_into_a_folder_that_is_not_there(folder, capsys):
+    """The folder that is to be made is that of what the link names."""
+    assert main(["convert", "model.keras", "gone.h5", *OPTIONS]) == 1
+    assert capsys.readouterr().err == (
+        "ga-transform: error: OUT must be in a folder that exists; got gone.h5. Make "
+        f"{os.path.realpath('none')}.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ("inspect locked", "The model"),
+        ("convert locked large.h5 --agc", "The model"),
+        ("convert model.keras locked --agc", "OUT"),
+    ],
+)
+def test_what_may_not_be_looked_at(folder, monkeypatch, capsys, arguments, what):
+    """A folder that is not the user's is one line, too."""
+    is_dir = Path.is_dir
+
+    def refuse(path):
+        if path.name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    Path("locked").mkdir()
+    assert main([*arguments.split(), *(["--force"] if what == "OUT" else [])]) == 1
+    said = capsys.readouterr().err
+    how = "looked at" if what == "OUT" else "read"
+    assert said.startswith(f"ga-transform: error: {what} cannot be {how}: [Errno {errno.EACCES}] ")
+    assert said.count("\n") == 1
 
 
 def test_files_that_are_not_whole_or_hold_no_model(folder, files, capsys):
     """Whatever tf_keras meets in them, is one line."""
     train(made()).save_weights("alone.weights.h5")
     made().export("served")
+    with zipfile.ZipFile("model.keras") as plain, zipfile.ZipFile("list.keras", "w") as file:
+        for name in plain.namelist():
+            file.writestr(name, b"[]" if name == "config.json" else plain.read(name))
     with h5py.File("keras3.h5", "w") as file:
         layer = {"class_name": "InputLayer", "config": {"batch_shape": [None, 3]}}
         config = {"class_name": "Sequential", "config": {"name": "of_3", "layers": [layer]}}
@@ -391,6 +471,11 @@ def test_files_that_are_not_whole_or_hold_no_model(folder, files, capsys):
             "served must be a model saved by tf_keras; got a SavedModel of something else",
             ", as model.export writes it. Take what model.save wrote.",
         ),
+        (
+            "list.keras",
+            "list.keras must be a model saved by tf_keras; got a file whose config is not that",
+            " of a model. Take what model.save wrote.",
+        ),
     ):
         assert main(["inspect", name]) == 1
         said = capsys.readouterr()
@@ -421,7 +506,13 @@ WRONG = {
     ),
     "convert --agc model.keras large.h5": (
         "argument --agc: must be a number, or left out; got 'model.keras'. Write --agc after IN "
-        "and OUT."
+        "and OUT"
+    ),
+    "convert '' large.h5 --agc": "argument IN: must be a path; got ''",
+    "convert model.keras '' --agc": "argument OUT: must be a path; got ''",
+    "inspect model.keras --import ./own.py": (
+        "argument --import: must be the name of a module; got './own.py', a path. Name it own, "
+        "where its folder is the current one, or on PYTHONPATH"
     ),
     "convert model.keras large.h5 --accum 2": "unrecognized arguments: --accum 2",
 }
@@ -429,14 +520,16 @@ WRONG = {
 
 @pytest.mark.parametrize("arguments", WRONG)
 def test_wrong_usage(folder, capsys, arguments):
-    """Exit code 2, with argparse's own line at the end."""
+    """Exit code 2, and one line, which says where help is."""
     before = tree(folder)
     with pytest.raises(SystemExit) as exit_of:
-        main(arguments.split())
+        main(shlex.split(arguments))
     assert exit_of.value.code == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.splitlines()[-1].split(": error: ")[1] == WRONG[arguments]
+    assert said.err.startswith(f"ga-transform: error: {WRONG[arguments]}. See ga-transform ")
+    assert said.err.endswith(" --help.\n")
+    assert said.err.count("\n") == 1
     assert tree(folder) == before
 
 
@@ -444,7 +537,15 @@ def test_wrong_usage(folder, capsys, arguments):
 
 
 @pytest.mark.parametrize("target", ["new.keras", "new", "large.keras", "old"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left"),
+        RuntimeError("unable to extend file"),  # as h5py says it
+        KeyboardInterrupt(),
+        signal.SIGTERM,
+    ],
+)
 def test_a_save_that_stops_midway(folder, files, monkeypatch, capsys, target, error):
     """OUT is as it was, a file or a folder, new or old, and nothing is left beside it."""
     (folder / "old").mkdir()
@@ -453,22 +554,41 @@ def test_a_save_that_stops_midway(folder, files, monkeypatch, capsys, target, er
     def save(model, path, **kwargs):
         Path(path).write_bytes(b"half")
         Path(path).with_name("more").mkdir()
+        if isinstance(error, signal.Signals):
+            signal.raise_signal(error)
         raise error
 
     monkeypatch.setattr(AccumulatingModel, "save", save)
     before = tree(folder)
-    code = main(["convert", "model.keras", target, "--accum-steps", "2", "--force"])
+    try:
+        code = main(["convert", "model.keras", target, "--accum-steps", "2", "--force"])
+    except SystemExit as exit_of:
+        code = exit_of.code
     said = capsys.readouterr()
     assert said.out == ""
-    if isinstance(error, OSError):
+    if isinstance(error, Exception):
         assert code == 1
         place = os.path.realpath(target)
-        assert said.err == (
-            f"ga-transform: error: {place} cannot be written: [Errno {errno.ENOSPC}] No space left.\n"
-        )
-    else:
+        kind = "RuntimeError: " if isinstance(error, RuntimeError) else ""
+        assert said.err == f"ga-transform: error: {place} cannot be written: {kind}{error}.\n"
+    elif isinstance(error, KeyboardInterrupt):
         assert (code, said.err) == (130, "ga-transform: error: interrupted.\n")
+    else:
+        assert (code, said.err) == (128 + error, "")
+        assert signal.getsignal(error) is signal.SIG_DFL
     assert tree(folder) == before
+
+
+def test_a_signal_that_is_ignored_stays_so(folder, monkeypatch):
+    """As nohup has it."""
+    seen = []
+    monkeypatch.setattr(ga, "explain", lambda model: seen.append(signal.getsignal(signal.SIGHUP)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(["inspect", "large.keras"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen == [signal.SIG_IGN]
 
 
 def test_a_file_that_another_process_writes_meanwhile(folder, monkeypatch, capsys):
@@ -593,6 +713,28 @@ class Twice(tf_keras.layers.Layer):
     del names["test_cli>Twice"], sys.modules["own_layers_of_a_user"]
 
 
+@pytest.mark.parametrize(
+    ("code", "text"),
+    {
+        "\nx = = 1": "SyntaxError: invalid syntax (own_broken.py, line 2)",
+        "\n1 / 0": "ZeroDivisionError: division by zero (HERE/own_broken.py, line 2)",
+        "import no_such_module": "No module named 'no_such_module' (HERE/own_broken.py, line 1)",
+        "import json\njson.loads(5)": (
+            "TypeError: the JSON object must be str, bytes or bytearray, not int "
+            "(HERE/own_broken.py, line 2)"
+        ),
+    }.items(),
+)
+def test_import_of_what_fails(folder, monkeypatch, capsys, code, text):
+    """One line says what, and at which line of the user's module."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    Path("own_broken.py").write_text(code, "utf-8")
+    assert main(["inspect", "model.keras", "--import", "own_broken"]) == 1
+    said = capsys.readouterr()
+    text = text.replace("HERE", os.path.realpath("."))
+    assert said == ("", f"ga-transform: error: --import own_broken: {text}.\n")
+
+
 def test_a_model_that_is_not_built(tmp_path, capsys):
     """It has no weights yet; converted, it is built and trains."""
     model = tf_keras.Sequential([layers.Dense(1)])
@@ -621,8 +763,11 @@ def test_lambdas_run_only_if_trusted(tmp_path, capsys):
 # ---- what is said ------------------------------------------------------------------------------
 
 
-def test_warnings(tmp_path, capsys):
-    """Warnings of the library stand on a line each; --quiet leaves them and the report out."""
+def test_warnings(files, tmp_path, capsys):
+    """Warnings of the library stand on a line each; --quiet leaves them and the report out.
+
+    Not that of `inspect`, which is all that it does.
+    """
     made(layers.BatchNormalization(name="norm")).save(tmp_path / "norm.keras")
     arguments = ["convert", str(tmp_path / "norm.keras"), str(tmp_path / "large.keras")]
     assert main([*arguments, "--accum-steps", "2"]) == 0
@@ -632,6 +777,29 @@ def test_warnings(tmp_path, capsys):
     assert "norm" in said[0]
     assert main([*arguments, "--accum-steps", "2", "--quiet", "--force"]) == 0
     assert capsys.readouterr() == ("", "")
+    assert main(["inspect", str(files / "saved"), "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("file ")
+    assert said.err == ""
+
+
+def test_nobody_is_told_where_stderr_is_closed(monkeypatch, capsys):
+    """What goes wrong is not taken for a report."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["inspect", "none.keras"]) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_of_a_later_version():
+    """TensorFlow 2.15 meets an argument of an input that it does not know."""
+    text = (
+        "in is no file: Unrecognized keyword arguments: ['optional']. A later tf_keras wrote it: "
+    )
+    with (
+        pytest.raises(Refusal, match=f"^{re.escape(text)}"),
+        refusing("in is no file", remedies=REMEDIES),
+    ):
+        raise ValueError("Unrecognized keyword arguments: ['optional']")
 
 
 @pytest.mark.parametrize("level", [logging.WARNING, logging.CRITICAL])
@@ -656,16 +824,25 @@ def test_a_lost_optimizer_is_told(folder, files, capsys, level):
     assert said.count("\n") == 1
 
 
+def test_an_error_that_is_logged(capsys):
+    """What TensorFlow logs as an error, with a traceback, is a warning of one line."""
+    with said_on_one_line(is_quiet=False):
+        logging.getLogger("absl").error("Fingerprint was found,\nbut broken.", exc_info=OSError())
+    assert capsys.readouterr().err == (
+        "ga-transform: warning: Fingerprint was found, but broken.\n"
+    )
+
+
 def test_help_needs_no_tensorflow(folder):
     """Nor do wrong usage and what is refused at once; help has an example of each command."""
     script = """
-import contextlib, io, sys
+import contextlib, io, shlex, sys
 from ga_transform.cli import main
 out = io.StringIO()
 for arguments in sys.argv[1:]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         try:
-            code = main(arguments.split())
+            code = main(shlex.split(arguments))
         except SystemExit as exit_of:
             code = exit_of.code
     print(code, file=sys.stderr)
@@ -697,7 +874,10 @@ print(out.getvalue())
 
 
 def test_from_a_shell(folder):
-    """In a process of its own: a report on stdout, and nothing on stderr, of TensorFlow neither."""
+    """In a process of its own: a report on stdout, and nothing on stderr, of TensorFlow neither.
+
+    The level at which TensorFlow logs makes it no louder.
+    """
     removed = ("CUDA_VISIBLE_DEVICES", "TF_CPP_MIN_LOG_LEVEL")
     environment = {name: value for name, value in os.environ.items() if name not in removed}
     module = (
@@ -713,6 +893,7 @@ def test_from_a_shell(folder):
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+        environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 def test_a_report_that_is_not_read_to_its_end(folder, monkeypatch, capsys):
@@ -723,3 +904,25 @@ def test_a_report_that_is_not_read_to_its_end(folder, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdout", stream)
         assert main(["inspect", "model.keras"]) == 141
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "not to be written"])
+def test_a_report_that_cannot_be_written(folder, monkeypatch, capsys, is_closed):
+    """That is an error where the report is all; what is saved by then stays saved."""
+    text = "stdout must be open for the report; it is closed."
+    if not is_closed:
+        text = f"The report cannot be written to stdout: {OSError(errno.EBADF, os.strerror(errno.EBADF))}."
+    for code, kind, command in (
+        (1, "error", ["inspect", "large.keras", "--json"]),
+        (1, "error", ["inspect", "large.keras"]),
+        (0, "warning", ["convert", "model.keras", "new.keras", *OPTIONS]),
+        (0, "warning", ["strip", "large.keras", "new.h5"]),
+    ):
+        stream = None if is_closed else os.fdopen(os.open("model.keras", os.O_RDONLY), "w")
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(command) == code
+        assert capsys.readouterr().err.splitlines()[-1] == f"ga-transform: {kind}: {text}"
+        if stream is not None:
+            stream.close()
+    assert load("new.keras").transforms == CHAIN
+    assert type(load("new.h5")) is tf_keras.Sequential

@@ -9,6 +9,7 @@ import pytest
 import tf_keras
 
 import ga_transform as ga
+from ga_transform.errors import shown
 
 NAN, INF = float("nan"), float("inf")
 
@@ -45,6 +46,7 @@ AXES = "ClipByAGC.axes must be a mapping of names or globs to the axes a norm is
 UNITS = "For example {'embedding/*': (1,)}; () makes every element a unit."
 POLICY = "Precision.policy must be one of 'mixed_float16', 'mixed_bfloat16', 'float32'; got"
 A_POLICY = "For example 'mixed_float16'."
+MIXED = "Did you mean 'mixed_float16'?"
 MODE = "BatchNorm.mode must be one of 'keep', 'momentum', 'pooled', 'freeze'; got"
 A_MODE = "For example 'keep'."
 NO_CLIP = "Leave the clip out to clip nothing."
@@ -56,8 +58,11 @@ SPECS = [
     (lambda: ga.Accumulate(np.int64(0)), ValueError, f"{STEPS} 0. {EVERY_BATCH}"),
     (lambda: ga.Accumulate(True), TypeError, f"{STEPS} True (bool). {EVERY_BATCH}"),
     (lambda: ga.Accumulate(2.5), TypeError, f"{STEPS} 2.5 (float). {EVERY_BATCH}"),
-    (lambda: ga.Accumulate(4.0), TypeError, f"{STEPS} 4.0 (float). {EVERY_BATCH}"),
-    (lambda: ga.Accumulate("4"), TypeError, f"{STEPS} '4' (str). {EVERY_BATCH}"),
+    (lambda: ga.Accumulate(4.0), TypeError, f"{STEPS} 4.0 (float). Write 4."),
+    (lambda: ga.Accumulate("4"), TypeError, f"{STEPS} '4' (str). Write 4."),
+    (lambda: ga.Accumulate("0"), TypeError, f"{STEPS} '0' (str). {EVERY_BATCH}"),
+    (lambda: ga.Accumulate(INF), TypeError, f"{STEPS} inf (float). {EVERY_BATCH}"),
+    (lambda: ga.Accumulate("many"), TypeError, f"{STEPS} 'many' (str). {EVERY_BATCH}"),
     (lambda: ga.Accumulate(None), TypeError, f"{STEPS} None (NoneType). {EVERY_BATCH}"),
     (lambda: ga.Accumulate([4]), TypeError, f"{STEPS} [4] (list). {EVERY_BATCH}"),
     (
@@ -179,7 +184,8 @@ SPECS = [
             (True, TypeError, f"a finite number > 0; got True (bool). {NO_CLIP}"),
         ]
     ],
-    (lambda: ga.Precision("float16"), ValueError, f"{POLICY} 'float16'. {A_POLICY}"),
+    (lambda: ga.Precision("float16"), ValueError, f"{POLICY} 'float16'. {MIXED}"),
+    (lambda: ga.Precision("fp16"), ValueError, f"{POLICY} 'fp16'. {A_POLICY}"),
     (lambda: ga.Precision(None), TypeError, f"{POLICY} None (NoneType). {A_POLICY}"),
     (
         lambda: ga.Precision("float32", initial_scale=0.0),
@@ -225,7 +231,8 @@ SPECS = [
             "gamma nor beta, write BatchNorm('freeze', trainable=False)."
         ),
     ),
-    (lambda: ga.BatchNorm("frozen"), ValueError, f"{MODE} 'frozen'. {A_MODE}"),
+    (lambda: ga.BatchNorm("frozen"), ValueError, f"{MODE} 'frozen'. Did you mean 'freeze'?"),
+    (lambda: ga.BatchNorm("off"), ValueError, f"{MODE} 'off'. {A_MODE}"),
     (lambda: ga.BatchNorm(None), TypeError, f"{MODE} None (NoneType). {A_MODE}"),
 ]
 
@@ -381,7 +388,7 @@ ARGUMENTS = [
     ({"transforms": ga.Chain()}, ValueError, NOTHING),
     ({"accum_steps": 0}, ValueError, f"{STEPS} 0. {EVERY_BATCH}"),
     ({"accum_steps": False}, TypeError, f"{STEPS} False (bool). {EVERY_BATCH}"),
-    ({"accum_steps": "8"}, TypeError, f"{STEPS} '8' (str). {EVERY_BATCH}"),
+    ({"accum_steps": "8"}, TypeError, f"{STEPS} '8' (str). Write 8."),
     ({"accum_steps": {1: 8}}, ValueError, f"{SCHEDULE} {{1: 8}}. {FOR_EXAMPLE}"),
     ({"micro_batch_size": 0}, ValueError, f"{ROWS} 0. {FIT}"),
     ({"micro_batch_size": 0.5}, TypeError, f"{ROWS} 0.5 (float). {FIT}"),
@@ -392,10 +399,15 @@ ARGUMENTS = [
         TypeError,
         f"{CLIP_FACTOR} {np.True_!r} ({type(np.True_).__name__}). {PAPER}",
     ),
-    ({"precision": "float16"}, ValueError, f"{POLICY} 'float16'. {A_POLICY}"),
+    ({"precision": "float16"}, ValueError, f"{POLICY} 'float16'. {MIXED}"),
+    (
+        {"precision": tf_keras.mixed_precision.Policy("mixed_bfloat16")},
+        TypeError,
+        f"{POLICY} <Policy \"mixed_bfloat16\"> (Policy). Pass its name, 'mixed_bfloat16'.",
+    ),
     ({"precision": True}, TypeError, f"{POLICY} True (bool). {A_POLICY}"),
     ({"precision": False}, TypeError, f"{POLICY} False (bool). {A_POLICY}"),
-    ({"batch_norm": "frozen"}, ValueError, f"{MODE} 'frozen'. {A_MODE}"),
+    ({"batch_norm": "pool"}, ValueError, f"{MODE} 'pool'. Did you mean 'pooled'?"),
     ({"batch_norm": True}, TypeError, f"{MODE} True (bool). {A_MODE}"),
     (
         {"transforms": [ga.Accumulate(2)], "accum_steps": 2},
@@ -432,8 +444,8 @@ ARGUMENTS = [
         {"micro_batch_size": 4, "remainder": "carry"},
         ValueError,
         (
-            "make_accumulating.remainder must come with accum_steps; got remainder='carry' alone. "
-            "Give accum_steps too."
+            "make_accumulating must be given accum_steps with remainder; got remainder='carry' "
+            "alone. Give accum_steps too."
         ),
     ),
     (
@@ -445,7 +457,7 @@ ARGUMENTS = [
         {"accum_steps": 2, "whole_batch_loss": True},
         ValueError,
         (
-            "make_accumulating.whole_batch_loss must come with micro_batch_size; got "
+            "make_accumulating must be given micro_batch_size with whole_batch_loss; got "
             "whole_batch_loss=True alone. Give micro_batch_size too."
         ),
     ),
@@ -588,6 +600,7 @@ def of_keras():
     )
 
 
+OPTIMIZER = tf_keras.optimizers.SGD()
 PASS_A_MODEL = "Pass a model, as tf_keras.Sequential([...]) returns it."
 
 #: What is no model: (value, error, what follows the rule).
@@ -601,6 +614,10 @@ NO_MODELS = {
             "got <class 'tf_keras.src.engine.training.Model'> (type). "
             "Pass an instance, not the class."
         ),
+    ),
+    "an optimizer": (
+        lambda: OPTIMIZER,
+        lambda: f"got {shown(OPTIMIZER)}. Pass the model that is compiled with it.",
     ),
     "a model of another Keras": (keras_model, of_keras),
 }

@@ -6,9 +6,11 @@ that cannot be and chains that break a rule are answered at once.
 
 from __future__ import annotations
 
-import os
+import contextlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Optional
 
 from ga_transform.cli.files import own_modules
@@ -29,7 +31,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         141 the report was not read to its end.
 
     Raises:
-        SystemExit: 2 for a wrong usage, 0 for help and version, as argparse does.
+        SystemExit: 2 for a wrong usage, 0 for help and version, as argparse does; 128 + n for a
+            signal n that ends the process.
 
     Example:
         >>> from ga_transform.cli import main
@@ -38,16 +41,36 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """
     options = make_parser().parse_args(arguments)
     try:
-        with said_on_one_line(options.quiet), own_modules(options.modules):
+        with _unwinding(), said_on_one_line(options.quiet), own_modules(options.modules):
             options.run(options)
-            sys.stdout.flush()
     except Refusal as refusal:
         say("error", refusal)
         return 1
     except KeyboardInterrupt:
         say("error", "interrupted.")
         return 130
-    except BrokenPipeError:  # whoever read the report has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at the end, too
+    except BrokenPipeError:
         return 141
     return 0
+
+
+@contextlib.contextmanager
+def _unwinding() -> Iterator[None]:
+    """Have a signal that ends the process leave nothing behind, as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    # Others stay with whoever has taken them: nohup, or a program that calls this.
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():  # which alone may take them
+        ours = []
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import attrs
 import ga_transform
 from ga_transform.chain import Chain
 from ga_transform.cli.files import FORMATS, check_target, format_of, load, save
-from ga_transform.cli.speech import Refusal, refusing, report
+from ga_transform.cli.speech import Refusal, refusing, report, say
 from ga_transform.shorthands import chain_of
 
 __all__ = ["convert", "inspect", "strip"]
@@ -27,8 +28,7 @@ def convert(options: argparse.Namespace) -> None:
     with refusing():
         model = ga_transform.make_accumulating(model, transforms=chain, inplace=True)
     save(model, target, options.force)
-    if not options.quiet:
-        report(f"{options.target}: {format_of(target)} of {_class_of(model)}, {chain}")
+    _report_saved(options, target, model, str(chain))
 
 
 def strip(options: argparse.Namespace) -> None:
@@ -44,8 +44,7 @@ def strip(options: argparse.Namespace) -> None:
             stacklevel=2,
         )
     save(model, target, options.force)
-    if not options.quiet:
-        report(f"{options.target}: {format_of(target)} of {_class_of(model)}, plain")
+    _report_saved(options, target, model, "plain")
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -63,11 +62,24 @@ def inspect(options: argparse.Namespace) -> None:
         return
     facts["chain"] = explanation and explanation.chain
     width = max(map(len, facts))
+    lines = []
     for name, fact in facts.items():
         text = "-" if fact is None else ("no", "yes")[fact] if isinstance(fact, bool) else fact
-        report(f"{name.replace('_', ' ').ljust(width)}  {text}")
+        lines.append(f"{name.replace('_', ' ').ljust(width)}  {text}")
     if explanation is not None:
-        report(f"\n{explanation}")
+        lines += ["", str(explanation)]
+    report("\n".join(lines))
+
+
+def _report_saved(options: argparse.Namespace, target: Path, model: Any, what: str) -> None:
+    """Tell what is done; it stays done where nobody can be told."""
+    if options.quiet:
+        return
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            report(f"{options.target}: {format_of(target)} of {_class_of(model)}, {what}")
+        except Refusal as refusal:
+            say("warning", refusal)
 
 
 def _facts(model: Any) -> dict[str, Any]:
@@ -115,6 +127,7 @@ def _chain(options: argparse.Namespace) -> Chain:
         return chain_of(
             "convert",
             chain,
+            spelled=lambda name: f"--{'chain' if name == 'transforms' else name.replace('_', '-')}",
             accum_steps=options.accum_steps,
             micro_batch_size=options.micro_batch_size,
             agc=options.agc,
@@ -126,9 +139,10 @@ def _chain(options: argparse.Namespace) -> Chain:
 
 
 def _read_chain(path: Path) -> Chain:
-    text = path.read_text("utf-8")
+    with refusing(f"--chain {path} cannot be read", (OSError,)):
+        content = path.read_bytes()
     try:
-        config = json.loads(text)
+        config = json.loads(content.decode())
     except (RecursionError, ValueError) as error:
         raise Refusal(
             f"--chain must be a file of JSON; got {path}, which is none: {error}"

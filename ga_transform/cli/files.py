@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -16,21 +17,34 @@ from typing import Any
 
 from ga_transform.cli.speech import PROGRAM, REFUSALS, Refusal, refusing
 
-__all__ = ["FORMATS", "check_target", "format_of", "load", "own_modules", "save"]
+__all__ = ["FORMATS", "REMEDIES", "check_target", "format_of", "load", "own_modules", "save"]
 
 #: By the end of a name, the format in which it is written; any other is a SavedModel's folder.
 FORMATS = {".keras": "keras", ".h5": "h5", ".hdf5": "h5"}
 #: By what a loader says, what can be done about it.
-_REMEDIES = {
+REMEDIES = {
     "safe_mode": "On the command line that is --unsafe.",
+    r"\['optional'\]": "A later tf_keras wrote it: load it where TensorFlow and tf_keras are as new.",
     "No model config": "It holds weights alone: load them into a model that its code has made.",
     "batch_shape": "Keras 3 wrote it: build the model with tf_keras, and save it by that.",
     "Unknown |Could not|of class Layer|class is known": (
         "If a module of yours defines what is missing, name it with --import."
     ),
 }
+#: Endings of names that promise a file, and under which tf_keras would write a folder.
+_MISLEADING = {*FORMATS, ".pb", ".zip"}
+#: What tf_keras writes into the folder of a SavedModel.
+_PARTS = {
+    "assets",
+    "assets.extra",
+    "fingerprint.pb",
+    "keras_metadata.pb",
+    "saved_model.pb",
+    "variables",
+}
 
 
+@refusing("OUT cannot be looked at", (OSError,))
 def check_target(source: Path, target: Path, is_forced: bool) -> Path:
     """The file or folder that is to be written, if it may be.
 
@@ -40,23 +54,52 @@ def check_target(source: Path, target: Path, is_forced: bool) -> Path:
     format_of(source)
     # What a link names is written, and the link stays.
     real_source, real_target = Path(os.path.realpath(source)), Path(os.path.realpath(target))
+    if real_target.is_symlink():  # after all of them have been followed
+        raise Refusal(f"OUT must not be a link to itself; got {target}. Remove it.")
     if not real_target.parent.is_dir():
-        raise Refusal(f"OUT must be in a folder that exists; got {target}. Make {target.parent}.")
+        folder = real_target.parent if target.is_symlink() else target.parent
+        raise Refusal(f"OUT must be in a folder that exists; got {target}. Make {folder}.")
+    if real_target.suffix not in FORMATS:
+        _check_folder_name(target, real_target.suffix)
     if real_target in real_source.parents or real_source in real_target.parents:
         raise Refusal(f"OUT must not be in IN, or around it; got {target}. Take another name.")
     if not real_target.exists():
         return real_target
+    if not (real_target.is_file() or real_target.is_dir()):
+        raise Refusal(
+            f"OUT must be new, a file or a folder; got {target}, which is something else. Take "
+            "another name."
+        )
     if not is_forced:
         which = "is IN" if real_source == real_target else "exists"
         raise Refusal(f"OUT must be new; got {target}, which {which}. --force writes over it.")
-    if real_target.is_dir() and not _is_saved_model(real_target) and any(real_target.iterdir()):
-        raise Refusal(
-            f"OUT must be new, a file, or a SavedModel to be written over; got {target}, a folder "
-            "of other things. Take another name."
-        )
+    if real_target.is_dir():
+        parts = _PARTS if _is_saved_model(real_target) else set()
+        others = sorted({path.name for path in real_target.iterdir()} - parts)
+        if others:
+            raise Refusal(
+                "OUT must be new, a file, or a SavedModel to be written over; got "
+                f"{target}, a folder that holds {', '.join(others[:3])}. Take another name."
+            )
     return real_target
 
 
+def _check_folder_name(target: Path, suffix: str) -> None:
+    """Refuse the name of a SavedModel that is for a file, or that TensorFlow cannot load."""
+    if suffix.lower() in _MISLEADING:
+        raise Refusal(
+            f"OUT must end in {', '.join(FORMATS)} in small letters, or be the name of a "
+            f"SavedModel's folder; got {target}. Take another name."
+        )
+    found = [character for character in "*?[\\" if character in str(target)]
+    if found:
+        raise Refusal(
+            f"OUT must be without {' '.join(found)} where it is a SavedModel's folder, since "
+            f"TensorFlow would look for it as for a pattern; got {target}. Take another name."
+        )
+
+
+@refusing("The model cannot be read", (OSError,))
 def format_of(path: Path) -> str:
     """The format of a saved model, by what it holds."""
     if path.is_dir():
@@ -65,11 +108,15 @@ def format_of(path: Path) -> str:
         raise Refusal(f"{path} must be a saved model; got a folder without saved_model.pb.")
     if not path.exists():
         raise Refusal(f"{path} must be a saved model; there is none of this name.")
+    if not path.is_file():  # to read a pipe is to wait
+        raise Refusal(f"{path} must be a saved model; got neither a file nor a folder.")
+    with path.open("rb") as file:
+        is_zip = zipfile.is_zipfile(file)
+    if is_zip:
+        if path.suffix == ".keras":
+            return ".keras"
+        raise Refusal(f"{path} must be named .keras, if that is what it is. Rename it.")
     with refusing():
-        if zipfile.is_zipfile(path):
-            if path.suffix == ".keras":
-                return ".keras"
-            raise Refusal(f"{path} must be named .keras, if that is what it is. Rename it.")
         if importlib.import_module("h5py").is_hdf5(path):
             return "HDF5"
     raise Refusal(f"{path} must be a saved model; got a file that is neither .keras nor HDF5.")
@@ -89,14 +136,16 @@ def load(path: Path, is_unsafe: bool) -> Any:
     broken = (AttributeError, EOFError, LookupError, zipfile.BadZipFile, tf.errors.OpError)
     kinds = (*REFUSALS, *broken)
     with (
-        refusing(f"{path} cannot be loaded", kinds, _REMEDIES),
+        refusing(f"{path} cannot be loaded", kinds, REMEDIES),
         _keras.SafeModeScope(not is_unsafe),
     ):
         model = tf_keras.models.load_model(str(path), safe_mode=not is_unsafe)
     if not isinstance(model, tf_keras.Model):
+        what = "a file whose config is not that of a model"
+        if path.is_dir():
+            what = "a SavedModel of something else, as model.export writes it"
         raise Refusal(
-            f"{path} must be a model saved by tf_keras; got a SavedModel of something else, as "
-            "model.export writes it. Take what model.save wrote."
+            f"{path} must be a model saved by tf_keras; got {what}. Take what model.save wrote."
         )
     # Layers that a SavedModel's graph stands in for predict; saved again, they are lost.
     unknown = {
@@ -120,10 +169,12 @@ def load(path: Path, is_unsafe: bool) -> Any:
 def save(model: Any, target: Path, is_forced: bool) -> None:
     """Write beside the place, and take it when all is written.
 
-    Whoever is stopped in between finds there what was there.
+    Whoever is stopped in between finds there what was there. The exception: a folder takes the
+    place of another in two renames, and a process that is killed between them, with no way to put
+    the old one back, leaves it beside, as ``.ga-transform-*/old``.
     """
     tf, _ = _import_tensorflow()
-    kinds = (*REFUSALS, tf.errors.OpError)
+    kinds = (*REFUSALS, RuntimeError, tf.errors.OpError)  # h5py raises them, of a full disk too
     with refusing(f"{target} cannot be written", kinds), contextlib.ExitStack() as stack:
         # In a folder of its own, so that whatever a format leaves behind goes with it.
         beside = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{PROGRAM}-")
@@ -157,8 +208,8 @@ def _import_tensorflow() -> tuple[Any, Any]:
     if "tensorflow" not in sys.modules:
         # No accelerator is needed, and none is taken from a training that runs.
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-        if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
-            os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # some lines come in spite of it
+        # Some lines come in spite of it; whoever asks for more than errors gets them all.
+        if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") in ("2", "3"):
             with _without_stderr():
                 importlib.import_module("tensorflow").config.list_physical_devices()
     return importlib.import_module("tensorflow"), importlib.import_module("tf_keras")
@@ -167,6 +218,9 @@ def _import_tensorflow() -> tuple[Any, Any]:
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
     """Have nobody write there, be it C++, for a while."""
+    if sys.stderr is None:  # closed; its number may be that of another file by now
+        yield
+        return
     sys.stderr.flush()
     own = os.dup(2)
     try:
@@ -187,8 +241,22 @@ def own_modules(names: Sequence[str]) -> Iterator[None]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         for name in names:
-            with refusing(f"--import {name}", (ImportError,)):
-                importlib.import_module(name)
+            _import_own(name)
         yield
     finally:
         sys.path[:] = path
+
+
+def _import_own(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # whatever the user's own code raises
+        text = str(error).strip(" .") or type(error).__name__
+        if not isinstance(error, ImportError):
+            text = f"{type(error).__name__}: {text}"
+        # The line of the module, or of one that it imports, that was being run.
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [
+            f" ({each.filename}, line {each.lineno})" for each in frames if each.name == "<module>"
+        ]
+        raise Refusal(f"--import {name}: {text}{''.join(places[-1:])}.") from error

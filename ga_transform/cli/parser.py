@@ -6,11 +6,11 @@ import argparse
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Union
+from typing import NoReturn, Union
 
 import ga_transform
 from ga_transform.cli import commands as verbs
-from ga_transform.cli.speech import PROGRAM
+from ga_transform.cli.speech import PROGRAM, say
 
 __all__ = ["make_parser"]
 
@@ -29,7 +29,8 @@ ga-transform COMMAND --help shows the options of a command.
 
 _CODES = """\
 Exit codes: 0 done; 1 what was asked for cannot be done, and the reason is on stderr; 2 wrong usage;
-130 interrupted. Unless it is 0, OUT is as it was."""
+130 interrupted; 128 + n ended by signal n. After 1 and 2 OUT is as it was, after a signal it is that
+or all of the new one."""
 
 _CONVERT = """\
 Loads the plain model IN, and saves as OUT one that trains on micro-batches as IN would on the large
@@ -63,9 +64,17 @@ example:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says on one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        say("error", f"{message.rstrip('.')}. See {self.prog} --help.")
+        self.exit(2)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line, whose options know what to `run`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROGRAM,
         description=_DESCRIPTION,
         epilog=f"{_EXAMPLES}\n{_CODES}",
@@ -105,18 +114,19 @@ def make_parser() -> argparse.ArgumentParser:
     _add_places(convert, "a plain model")
     _add_transforms(convert)
     inspect = add("inspect", verbs.inspect, "what a saved model is", _INSPECT, _INSPECT_EXAMPLES)
-    inspect.add_argument("source", metavar="FILE", type=Path, help="a saved model")
+    inspect.add_argument("source", metavar="FILE", type=_path, help="a saved model")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     strip = add("strip", verbs.strip, "a converted model to the plain one", _STRIP, _STRIP_EXAMPLES)
     _add_places(strip, "a converted model")
     for command in (convert, inspect, strip):
-        _add_common(command)
+        quiet = "no warnings" if command is inspect else "no report and no warnings"
+        _add_common(command, quiet)
     return parser
 
 
 def _add_places(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("source", metavar="IN", type=Path, help=what)
-    command.add_argument("target", metavar="OUT", type=Path, help="where to save; must be new")
+    command.add_argument("source", metavar="IN", type=_path, help=what)
+    command.add_argument("target", metavar="OUT", type=_path, help="where to save; must be new")
     command.add_argument("--force", action="store_true", help="write over OUT")
 
 
@@ -159,18 +169,19 @@ def _add_transforms(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--chain",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="the whole chain as JSON, as Chain.to_config gives it, instead of the above",
     )
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
+def _add_common(command: argparse.ArgumentParser, quiet: str) -> None:
     command.add_argument(
         "--import",
         dest="modules",
         action="append",
         default=[],
+        type=_module,
         metavar="MODULE",
         help="import a module first, which registers layers, losses or transforms; the current "
         "folder is searched, too (repeatable)",
@@ -180,7 +191,22 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the code of lambdas that the file holds; only if you trust it",
     )
-    command.add_argument("--quiet", action="store_true", help="no report and no warnings")
+    command.add_argument("--quiet", action="store_true", help=quiet)
+
+
+def _path(text: str) -> Path:
+    if not text:  # which would be the current folder
+        raise argparse.ArgumentTypeError("must be a path; got ''")
+    return Path(text)
+
+
+def _module(text: str) -> str:
+    if text.endswith(".py") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(
+            f"must be the name of a module; got {text!r}, a path. Name it {Path(text).stem}, where "
+            "its folder is the current one, or on PYTHONPATH."
+        )
+    return text
 
 
 def _steps(text: str) -> Union[int, dict[int, int]]:

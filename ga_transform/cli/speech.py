@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 import warnings
@@ -25,13 +26,29 @@ class Refusal(Exception):  # noqa: N818  (what is refused is no error of the pro
 
 
 def report(text: str) -> None:
-    """Print what was asked for."""
-    print(text)  # noqa: T201  (as promised)
+    """Print what was asked for.
+
+    Raises:
+        Refusal: stdout is closed or full, or cannot write it in its encoding.
+        BrokenPipeError: Whoever read it has gone, as `head` does.
+    """
+    if sys.stdout is None:
+        raise Refusal("stdout must be open for the report; it is closed.")
+    try:
+        print(text, flush=True)  # noqa: T201  (as promised)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError):
+            # What is left of it would be written when the process ends, and fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise Refusal(f"The report cannot be written to stdout: {error}.") from error
 
 
 def say(kind: str, text: object) -> None:
     """Tell on stderr what went wrong, or may."""
-    print(f"{PROGRAM}: {kind}: {' '.join(str(text).split())}", file=sys.stderr)  # noqa: T201
+    if sys.stderr is not None:  # which it is where it was closed
+        print(f"{PROGRAM}: {kind}: {' '.join(str(text).split())}", file=sys.stderr)  # noqa: T201
 
 
 @contextlib.contextmanager
@@ -61,7 +78,7 @@ def refusing(
 
 @contextlib.contextmanager
 def said_on_one_line(is_quiet: bool) -> Iterator[None]:
-    """Warnings on one line each, once; of TensorFlow's logs only what tells of a loss."""
+    """Warnings on one line each, once; of TensorFlow's logs only errors and what tells of a loss."""
     said: set[str] = set()
 
     def warn(text: str) -> None:
@@ -71,9 +88,9 @@ def said_on_one_line(is_quiet: bool) -> Iterator[None]:
 
     def is_shown(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        if any(loss in text for loss in _LOSSES):
+        if record.levelno >= logging.ERROR or any(loss in text for loss in _LOSSES):
             warn(text)
-        return record.levelno >= logging.ERROR
+        return False  # and never as it is, which may be a traceback
 
     loggers = [logging.getLogger(name) for name in ("tensorflow", "absl")]
     levels = [logger.level for logger in loggers]
