@@ -165,12 +165,12 @@ def test_convert_by_all_shorthands(files, tmp_path, capsys):
     """Each shorthand is that of `make_accumulating`."""
     place = tmp_path / "large.keras"
     options = "--accum-steps 0:1,1000:8 --micro-batch-size 4 --agc --precision mixed_bfloat16"
-    options += " --batch-norm pooled --remainder carry"
+    options += " --batch-norm pooled --remainder carry --whole-batch-loss gathered"
     assert main(["convert", str(files / "model.keras"), str(place), *options.split()]) == 0
     assert load(place).transforms == ga.Chain(
         ga.Precision("mixed_bfloat16"),
         ga.BatchNorm("pooled"),
-        ga.Split(4),
+        ga.Split(4, whole_batch_loss="gathered"),
         ga.Accumulate({0: 1, 1000: 8}, remainder="carry"),
         ga.ClipByAGC(),
     )

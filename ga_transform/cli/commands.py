@@ -134,7 +134,7 @@ def _chain(options: argparse.Namespace) -> Chain:
             precision=options.precision,
             batch_norm=options.batch_norm,
             remainder=options.remainder,
-            whole_batch_loss=False,
+            whole_batch_loss=options.whole_batch_loss,
         )
 
 

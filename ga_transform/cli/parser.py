@@ -145,6 +145,14 @@ def _add_transforms(command: argparse.ArgumentParser) -> None:
         help="rows a slice, into which every batch is cut",
     )
     group.add_argument(
+        "--whole-batch-loss",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="gathered",
+        help="take the loss of all slices together; with 'gathered', of all replicas",
+    )
+    group.add_argument(
         "--agc",
         nargs="?",
         const=True,
