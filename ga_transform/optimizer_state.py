@@ -21,6 +21,7 @@ __all__ = [
     "mend_wrapper",
     "positions_built_for",
     "state_of",
+    "updates_of",
 ]
 
 
@@ -33,6 +34,12 @@ def iterations_of(optimizer: Any) -> Optional[tf.Variable]:
     """An optimizer's count of updates, if it has one."""
     with tf.init_scope():  # legacy ones make it when they are first asked
         return getattr(optimizer, "iterations", None)
+
+
+def updates_of(optimizer: Any) -> int:
+    """How many updates an optimizer has made, by its own count; 0, if it has none."""
+    count = iterations_of(optimizer)
+    return 0 if count is None else int(count.numpy())  # int() takes no variable of replicas
 
 
 def beside_lists(optimizer: Any) -> list[tf.Variable]:

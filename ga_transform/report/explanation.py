@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 import attrs
 import numpy as np
@@ -13,7 +13,7 @@ from ga_transform import _keras
 from ga_transform.chain import Chain
 from ga_transform.errors import wrong_type
 from ga_transform.models import AccumulatingModel
-from ga_transform.report.findings import Finding, findings_of
+from ga_transform.report.findings import Finding, adds_up_losses, findings_of
 from ga_transform.report.text import paragraph, table
 from ga_transform.rewrites.batch_norm import batch_norms_of
 from ga_transform.rewrites.precision import choices_of
@@ -56,8 +56,10 @@ class Explanation:
     stages: tuple[str, ...]
     #: What is exact and what is not, from bad to good.
     findings: tuple[Finding, ...]
-    #: Bytes that the sums of gradients take, on each replica.
-    memory: int
+    #: Bytes that the sums of gradients take, on each replica; None before the model is built.
+    memory: Optional[int]
+    #: Whether it may be more, which is known after a training step.
+    is_memory_least: bool
     #: The layers whose sums are as large as the rows that were touched, and in no figure before
     #: training.
     sparse: tuple[str, ...]
@@ -100,9 +102,12 @@ class Explanation:
         return "\n".join(lines)
 
     def _memory(self) -> str:
+        if self.memory is None:
+            return "not known before the model is built"
         sparse = ", ".join(self.sparse)
+        least = "at least " if self.is_memory_least else ""
         more = f"; and the rows touched of {sparse}" if sparse else ""
-        return f"{self.memory:,} bytes of sums{more}"
+        return f"{least}{self.memory:,} bytes of sums{more}"
 
 
 def explain(model: Any) -> Explanation:
@@ -137,15 +142,16 @@ def explain(model: Any) -> Explanation:
     check_converted("explain.model", model)
     chain = model._accumulating_chain
     norms = batch_norms_of(model) if chain.gathers else []
-    memory, sparse = _memory_of(model)
+    memory = _memory_of(model)
     return Explanation(
         model=model.name,
         chain=chain,
         window=_window_of(chain),
         stages=_stages_of(chain),
         findings=findings_of(model),
-        memory=memory,
-        sparse=sparse,
+        memory=memory.of_sums,
+        is_memory_least=memory.is_least,
+        sparse=memory.sparse,
         layers=tuple(
             LayerPrecision(each.layer.name, type(each.layer).__name__, *each[1:])
             for each in choices_of(model)
@@ -191,12 +197,22 @@ def _stages_of(chain: Chain) -> tuple[str, ...]:
     )
 
 
-def _memory_of(model: Any) -> tuple[int, tuple[str, ...]]:
+class _Memory(NamedTuple):
+    """As the fields of an `Explanation`."""
+
+    of_sums: Optional[int]
+    is_least: bool = False
+    sparse: tuple[str, ...] = ()
+
+
+def _memory_of(model: Any) -> _Memory:
     """The bytes that sums take, or will take; and layers whose sums are not in that figure."""
     windows = vars(model).get("_accumulation")
     held = getattr(windows, "bytes_held", 0)
     if held or not model._accumulating_chain.gathers:
-        return held, ()
+        return _Memory(held)
+    if not model.built:
+        return _Memory(None)
     tables = {
         _keras.reference_of(layer.embeddings): layer.name
         for layer in _keras.flatten_layers(model)
@@ -209,4 +225,7 @@ def _memory_of(model: Any) -> tuple[int, tuple[str, ...]]:
         if reference not in tables
     ]
     sparse = tuple(name for reference, name in tables.items() if reference in trained)
-    return sum(sums), sparse
+    # A table may also be used otherwise than by its rows; sums beside means are kept apart from
+    # them; and a step of the model's own may take a gradient of a weight more than once.
+    is_least = bool(sparse) or adds_up_losses(model) or not model._has_usual_step()
+    return _Memory(sum(sums), is_least, sparse)
