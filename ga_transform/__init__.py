@@ -82,6 +82,9 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'ga_transform' has no attribute {name!r}")
+    if _LAZY[name] != "ga_transform.plotting":
+        # Its import registers our classes, of which none may be half made by then.
+        importlib.import_module("tf_keras")
     value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
     return value
 

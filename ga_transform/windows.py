@@ -110,14 +110,15 @@ class Windows(_keras.AutoTrackable):  # type: ignore[misc]
             #: What random layers draw by in passes that are repeated.
             self.draws = self._no_dependency(Draws())
         self._pass_counters = self._no_dependency(pass_counters_of(model))
-        # What a batch is has a loss of its own, a window of several has not.
-        takes_whole = self.chain.takes_whole_batches and self.accumulate.steps in (1, {0: 1})
-        couplings = couplings_of(model, of_losses=not takes_whole)
+        # A batch that is a window has its loss as a whole; one of several batches has not.
+        is_whole = self.chain.takes_whole_batches and self.accumulate.steps in (1, {0: 1})
+        couplings = couplings_of(model, of_losses=not is_whole)
         if couplings and self.chain.gathers:
             self.warn_once(
                 "couplings",
                 f"{model.name}: {', '.join(couplings)} couples the rows of a batch, so updates "
-                "are not those of the large batch.",
+                "are not those of the large batch. If that is a loss of the model's outputs, "
+                "micro_batch_size with whole_batch_loss=True takes it of the whole batch.",
             )
 
     @property

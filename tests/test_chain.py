@@ -90,6 +90,22 @@ print([name for name in ("tensorflow", "tf_keras", "keras") if name in sys.modul
     assert (run.stdout, run.stderr) == ("[]\n", "")
 
 
+@pytest.mark.parametrize("name", ["explain", "register_transform"])
+def test_whatever_is_used_first_may_be_what_imports_tf_keras(name):
+    """tf_keras's import makes files loadable, in the midst of which nothing may be half made."""
+    script = (
+        f"import sys, ga_transform as ga; ga.{name}; print('ga_transform.saving' in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=pathlib.Path(ga.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout == "True\n", run.stderr
+
+
 def test_the_table_holds_every_kind_of_spec():
     """A spec that is public stands in this table, so that every law below is run on it."""
     public = {

@@ -178,6 +178,35 @@ def test_losses_are_told_apart():
     assert found["losses that couple rows"] == ("outside", ("MeanSquaredError of tf_keras",))
 
 
+def test_a_loss_of_the_whole_batch_is_recommended_and_exact():
+    """Where a loss may couple rows, the way that is exact is named with its price."""
+
+    def own(y_true, y_pred):
+        return tf.math.reduce_variance(y_true - y_pred)
+
+    def found(loss, **way):
+        findings = ga.explain(converted(sequential(loss=loss), **way)).findings
+        return {each.subject: each for each in findings}
+
+    whole = {"micro_batch_size": 4, "whole_batch_loss": True}
+    remedy = (
+        "micro_batch_size with whole_batch_loss=True is exact for every loss of the outputs, for"
+    )
+    for loss, subject in (
+        (own, "losses from outside tf_keras"),
+        (tf_keras.metrics.MeanSquaredError(), "losses that couple rows"),
+    ):
+        assert f"{remedy} one forward pass more" in found(loss, accum_steps=4)[subject].remedy
+        of_window = found(loss, accum_steps=2, **whole)[subject]
+        assert of_window.verdict != "exact"
+        assert "without accum_steps a batch is a window" in of_window.remedy
+        assert subject not in found(loss, **whole)
+    assert found(own, **whole)["losses of the whole batch"].names == ("own",)
+    assert ga.explain(converted(sequential(loss=own), **whole)).is_exact
+    model = converted(eager(loss=own), **whole)
+    assert ga.verify_equivalence(model, *rows(20)).is_exact
+
+
 WEIGHTINGS = {
     "equal": ("equal", "depends"),
     "sum": ("sum", "outside"),

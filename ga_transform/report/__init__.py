@@ -3,7 +3,7 @@
 from ga_transform.report.differences import VariableDifference
 from ga_transform.report.equivalence import Equivalence, verify_equivalence
 from ga_transform.report.explanation import Explanation, LayerPrecision, explain
-from ga_transform.report.findings import Finding
+from ga_transform.report.finding import Finding
 
 __all__ = [
     "Equivalence",

@@ -18,7 +18,8 @@ from ga_transform.errors import REMEDY_OF_COPY
 from ga_transform.models import AccumulatingModel
 from ga_transform.optimizer_state import keys_built_for
 from ga_transform.replicas import scope_of
-from ga_transform.report.findings import BATCH_NORM, RANDOMNESS, WEIGHTING, random_layers
+from ga_transform.report.finding import BATCH_NORM, RANDOMNESS, WEIGHTING
+from ga_transform.report.of_layers import random_layers
 from ga_transform.rewrites.loss_scale import is_scaled
 from ga_transform.specs import Accumulate, BatchNorm, Precision, Transform
 

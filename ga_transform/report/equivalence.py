@@ -21,7 +21,8 @@ from ga_transform.optimizer_state import updates_of
 from ga_transform.report.copies import is_in_16_bits
 from ga_transform.report.differences import VariableDifference, largest_of
 from ga_transform.report.explanation import check_converted
-from ga_transform.report.findings import Finding, stateful_layers
+from ga_transform.report.finding import Finding
+from ga_transform.report.of_layers import stateful_layers
 from ga_transform.report.text import paragraph, table
 from ga_transform.report.trial import Trial
 from ga_transform.specs import Accumulate, Split

@@ -13,7 +13,9 @@ from ga_transform import _keras
 from ga_transform.chain import Chain
 from ga_transform.errors import wrong_type
 from ga_transform.models import AccumulatingModel
-from ga_transform.report.findings import Finding, adds_up_losses, findings_of
+from ga_transform.report.finding import Finding
+from ga_transform.report.findings import findings_of
+from ga_transform.report.of_loss import adds_up_losses
 from ga_transform.report.text import paragraph, table
 from ga_transform.rewrites.batch_norm import batch_norms_of
 from ga_transform.rewrites.precision import choices_of

@@ -20,7 +20,7 @@ from ga_transform.report.copies import (
     values_of,
 )
 from ga_transform.report.differences import VariableDifference, differences_of, largest_of
-from ga_transform.report.findings import (
+from ga_transform.report.finding import (
     BATCH_NORM,
     NO_UPDATE,
     NOT_FINITE,
@@ -28,9 +28,9 @@ from ga_transform.report.findings import (
     RANDOMNESS,
     TRY_IT,
     Finding,
-    findings_of,
     of_unknown_cause,
 )
+from ga_transform.report.findings import findings_of
 
 __all__ = ["Outcome", "Trial"]
 
