@@ -9,12 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import conversion, growth, memory, plot, scaling, sparse, speed
+from benchmarks import conversion, growth, memory, plot, scaling, sparse, speed, whole_batch
 from benchmarks.machine import machine, versions
 from benchmarks.report import Outcome, printed, record
 
 FOLDER = Path(__file__).parent
-BENCHMARKS = ("speed", "sparse", "memory", "conversion", "growth", "scaling", "plot")
+BENCHMARKS = (
+    "speed",
+    "sparse",
+    "memory",
+    "conversion",
+    "growth",
+    "scaling",
+    "whole_batch",
+    "plot",
+)
 
 
 def main() -> None:
@@ -27,6 +36,7 @@ def main() -> None:
         "conversion": conversion.run,
         "growth": growth.run,
         "scaling": scaling.run,
+        "whole_batch": partial(whole_batch.run, path=arguments.whole_batch_plot),
         "plot": partial(plot.run, path=arguments.plot),
     }
     about: dict[str, Any] = {
@@ -64,6 +74,13 @@ def _arguments() -> argparse.Namespace:
         metavar="FILE",
         default=FOLDER / "batch_size.png",
         help="where the picture of the benchmark plot goes (default: benchmarks/batch_size.png)",
+    )
+    parser.add_argument(
+        "--whole-batch-plot",
+        type=Path,
+        metavar="FILE",
+        default=FOLDER / "whole_batch.png",
+        help="where that of whole_batch goes (default: benchmarks/whole_batch.png)",
     )
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 """Accumulation as a good engineer writes it for one model: what the library is held against.
 
-Both functions take the place of the training function that `fit` calls, so that callbacks,
-metrics and iterators cost them what they cost all others.
+Each function takes the place of the training function that `fit` calls, so that callbacks,
+metrics and iterators cost it what they cost all others.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["train_on_micro_batches", "train_on_slices"]
+__all__ = ["pass_forward", "train_on_micro_batches", "train_on_slices"]
 
 
 def train_on_micro_batches(model: Any, accum_steps: int) -> Callable[[Any], Any]:
@@ -41,6 +41,21 @@ def train_on_slices(model: Any, slices: int) -> Callable[[Any], Any]:
         return window.update()
 
     return train
+
+
+def pass_forward(model: Any, slices: int) -> Callable[[Any], Any]:
+    """A function that takes one batch, cuts it, and passes slices through the model: no more."""
+
+    @tf.function
+    def pass_(iterator: Any) -> Any:
+        x, _ = next(iterator)
+        x = tf.reshape(x, [slices, -1, *x.shape[1:]])
+        total = tf.zeros([])
+        for place in tf.range(slices):
+            total += tf.reduce_sum(model(x[place], training=True))
+        return {"sum": total}
+
+    return pass_
 
 
 class _Window:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from benchmarks.processes import ask_or_note
@@ -60,19 +61,24 @@ def _figures(model: str, measured: dict[str, list[dict[str, int]]]) -> list[Figu
     return figures
 
 
-def peak(model: str, way: str, batch_size: int, rows: int) -> dict[str, Any]:
+def peak(
+    model: str, way: str, batch_size: int, rows: int, has_coupled_loss: bool = False
+) -> dict[str, Any]:
     """The highest resident memory of this process, which trains for one epoch.
 
     Args:
         model: The name of a workload.
-        way: "plain"; "converted", to update every `LARGE_BATCH_SIZE` rows; or "split", into
-            slices of `MICRO_BATCH_SIZE`. A model is converted in place, so that there is one.
+        way: "plain"; "converted", to update every `LARGE_BATCH_SIZE` rows; "split", into slices
+            of `MICRO_BATCH_SIZE`; or "whole_batch_loss", so split. A model is converted in place,
+            so that there is one.
         batch_size: Rows a batch of the pipeline.
         rows: Rows an epoch.
+        has_coupled_loss: Whether the loss couples the rows of a batch.
 
     Returns:
         ``peak_bytes`` of all that is resident; ``baseline_bytes`` of it after the imports;
-        ``weight_bytes`` of the trainable weights.
+        ``weight_bytes`` of the trainable weights; ``output_bytes`` of what the model makes of a
+        batch.
     """
     import ga_transform as ga
     from benchmarks.data import endless_batches
@@ -82,12 +88,18 @@ def peak(model: str, way: str, batch_size: int, rows: int) -> dict[str, Any]:
 
     baseline_bytes = resident_bytes("VmRSS")
     workload = WORKLOADS[model]
-    trained = workload.compiled()
+    compiled = workload.compiled_with_coupled_loss if has_coupled_loss else workload.compiled
+    trained = compiled()
     if way == "converted":
         steps = LARGE_BATCH_SIZE // batch_size
         ga.make_accumulating(trained, accum_steps=steps, inplace=True)
-    elif way == "split":
-        ga.make_accumulating(trained, micro_batch_size=MICRO_BATCH_SIZE, inplace=True)
+    elif way in ("split", "whole_batch_loss"):
+        ga.make_accumulating(
+            trained,
+            micro_batch_size=MICRO_BATCH_SIZE,
+            whole_batch_loss=way == "whole_batch_loss",
+            inplace=True,
+        )
     batches = endless_batches(workload.rows(rows), batch_size)
     seconds_of_epoch(trained, batches, rows // batch_size)
     return {
@@ -96,4 +108,5 @@ def peak(model: str, way: str, batch_size: int, rows: int) -> dict[str, Any]:
         "weight_bytes": sum(
             weight.shape.num_elements() * weight.dtype.size for weight in trained.trainable_weights
         ),
+        "output_bytes": 4 * batch_size * math.prod(trained.output_shape[1:]),
     }

@@ -49,6 +49,13 @@ TARGETS: dict[tuple[str, ...], Target] = {
     ("conversion", "split / plain"): Target(1.3),
     ("conversion", "graph nodes, most / fewest"): Target(1.0),
     ("scaling", "gradient reductions an update, converted"): Target(1.0),
+    ("whole_batch", "whole_batch_loss / split"): Target(1.4),
+    ("whole_batch", "whole_batch_loss / split + forward"): Target(1.1),
+    # of those models whose outputs are small
+    **{
+        ("whole_batch", "whole_batch_loss at 256 / split at 256", f"{model}, memory"): Target(1.1)
+        for model in ("CNN", "transformer", "wide MLP")
+    },
     ("growth", "traces after the first epoch"): Target(0.0),
 }
 

@@ -7,12 +7,31 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import numpy as np
+import tensorflow as tf
 import tf_keras
 from tf_keras import layers
 
 __all__ = ["WORKLOADS", "Workload"]
 
 Inputs = Callable[[np.random.Generator, int], np.ndarray]
+
+
+def _same_class_attracts(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+    """Rows of a class against all others of the batch (supervised contrastive learning)."""
+    classes, embedded = tf.reshape(y_true, [-1, 1]), tf.math.l2_normalize(y_pred, -1)
+    own = tf.eye(tf.shape(embedded)[0])
+    scores = tf.matmul(embedded, embedded, transpose_b=True) / 0.1 - 1e9 * own
+    pairs = tf.cast(classes == tf.transpose(classes), tf.float32) - own
+    likelihood = tf.reduce_sum(pairs * tf.nn.log_softmax(scores), -1)
+    return -tf.math.divide_no_nan(likelihood, tf.reduce_sum(pairs, -1))
+
+
+def _dice(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+    """One minus the overlap of each class in the batch."""
+    predicted = tf.nn.softmax(y_pred)
+    truth = tf.one_hot(tf.cast(y_true, tf.int32), y_pred.shape[-1])
+    overlap = tf.reduce_sum(truth * predicted, [0, 1, 2])
+    return 1 - tf.reduce_mean(2 * overlap / tf.reduce_sum(truth + predicted, [0, 1, 2]))
 
 
 @dataclass(frozen=True)
@@ -27,6 +46,10 @@ class Workload:
     micro_batch_size: int
     classes: int = 10
     optimizer: Callable[[], Any] = tf_keras.optimizers.Adam
+    #: Of the labels of a row.
+    label_shape: tuple[int, ...] = ()
+    #: Couples the rows of a batch.
+    coupled_loss: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = _same_class_attracts
 
     def compiled(self, model: Optional[Any] = None, steps_per_execution: int = 1) -> Any:
         """A model, compiled: a fresh one if none is given."""
@@ -39,10 +62,17 @@ class Workload:
         )
         return model
 
+    def compiled_with_coupled_loss(self) -> Any:
+        """A fresh model, whose outputs are embeddings; of which accuracy would say nothing."""
+        model = self.build()
+        model.compile(optimizer=self.optimizer(), loss=self.coupled_loss)
+        return model
+
     def rows(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and labels of so many rows, the same each time."""
         random = np.random.default_rng(0)
-        return self.inputs(random, count), random.integers(0, self.classes, count)
+        inputs = self.inputs(random, count)
+        return inputs, random.integers(0, self.classes, [count, *self.label_shape])
 
 
 def _normal(*shape: int) -> Inputs:
@@ -72,6 +102,19 @@ def _cnn() -> Any:
             convolution(32),
             layers.GlobalAveragePooling2D(),
             layers.Dense(10),
+        ]
+    )
+
+
+def _segmenter() -> Any:
+    def convolution(filters: int, **options: Any) -> Any:
+        return layers.Conv2D(filters, 3, padding="same", **options)
+
+    return tf_keras.Sequential(
+        [
+            tf_keras.Input([64, 64, 3]),
+            *(convolution(16, activation="relu") for _ in range(4)),
+            convolution(10),
         ]
     )
 
@@ -140,6 +183,10 @@ WORKLOADS: dict[str, Workload] = {
     # Adam moves the whole table at each update.
     "embedding": Workload(lambda: _embedding(200_000), _ids(200_000, 20), 32),
     "transformer": Workload(_transformer, _ids(1000, 32), 16),
+    # Its outputs are larger than its inputs.
+    "segmenter": Workload(
+        _segmenter, _normal(64, 64, 3), 8, label_shape=(64, 64), coupled_loss=_dice
+    ),
     "residual CNN": Workload(_residual_cnn, _normal(32, 32, 3), 8),
     "ResNet50": Workload(_resnet50, _normal(224, 224, 3), 8, classes=1000),
     # Of more than 100 MB of weights.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import tensorflow as tf
+from tensorflow.python.framework import op_callbacks
 from tensorflow.python.framework.auto_control_deps_utils import (
     get_read_only_resource_input_indices_graph,
 )
@@ -29,6 +31,7 @@ __all__ = [
     "is_loop",
     "is_symbolic",
     "nodes_of",
+    "noting_operations",
     "trace_again",
     "written_by",
 ]
@@ -82,6 +85,21 @@ def condition_of(branch: Any) -> str:
 def is_symbolic(value: Any) -> bool:
     """Whether a value is a tensor of a graph."""
     return tf.is_tensor(value) and hasattr(value, "graph")
+
+
+@contextmanager
+def noting_operations() -> Iterator[set[str]]:
+    """Note the kinds of the operations that are run eagerly."""
+    kinds: set[str] = set()
+
+    def note(kind: str, *_: Any, **__: Any) -> None:
+        kinds.add(kind)
+
+    op_callbacks.add_op_callback(note)
+    try:
+        yield kinds
+    finally:
+        op_callbacks.remove_op_callback(note)
 
 
 def trace_again() -> None:

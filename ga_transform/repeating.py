@@ -9,7 +9,7 @@ variable counts, which is set back like others.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -18,7 +18,14 @@ import tensorflow as tf
 from ga_transform import _graphs, _keras
 from ga_transform.replicas import here, index_of_replica, local_variable
 
-__all__ = ["Draws", "State", "release_generators", "unrepeatable_layers"]
+__all__ = [
+    "Draws",
+    "State",
+    "changed_eagerly",
+    "release_generators",
+    "unrepeatable_layers",
+    "unrepeatable_operations",
+]
 
 #: The operations whose random state no variable holds.
 _STATEFUL_DRAWS = frozenset(
@@ -47,22 +54,45 @@ _threads = threading.local()
 
 
 class State:
-    """The values of variables before a pass, to be set back to.
+    """The values of variables at a moment, to be set back to.
 
     Args:
         handles: Of the variables.
     """
 
     def __init__(self, handles: Sequence[tf.Tensor]) -> None:
-        self._values = [
-            (handle, tf.raw_ops.ReadVariableOp(resource=handle, dtype=_graphs.dtype_of(handle)))
-            for handle in handles
-        ]
+        self._handles = handles
+        self._values = list(map(_value_of, handles))
+
+    def now(self) -> State:
+        """The same variables, at this moment."""
+        return State(self._handles)
 
     def restore(self) -> None:
         """Set the variables back."""
-        for handle, value in self._values:
+        for handle, value in zip(self._handles, self._values):
             tf.raw_ops.AssignVariableOp(resource=handle, value=value)
+
+    def restore_changes_since(self, before: State) -> None:
+        """Set back to what was changed between another moment and this one, and that alone."""
+        for handle, old, new in zip(self._handles, before._values, self._values):
+            value = tf.where(tf.equal(old, new), _value_of(handle), new)
+            tf.raw_ops.AssignVariableOp(resource=handle, value=value)
+
+
+def _value_of(handle: tf.Tensor) -> tf.Tensor:
+    return tf.raw_ops.ReadVariableOp(resource=handle, dtype=_graphs.dtype_of(handle))
+
+
+def changed_eagerly(model: Any, draws: Draws) -> list[tf.Tensor]:
+    """The handles of all that a pass of a model may change, where no graph tells what it does."""
+    generators = _keras.random_generators_of(model)
+    for generator in generators:
+        generator._maybe_init()
+    held = [generator._generator for generator in generators]
+    held += _keras.held_by(model, lambda item: isinstance(item, tf.random.Generator))
+    states = [generator.state for generator in held if generator is not None]
+    return [*(variable.handle for variable in (*model.variables, *states)), *draws.handles]
 
 
 class Draws:
@@ -74,6 +104,7 @@ class Draws:
 
     def __init__(self) -> None:
         with tf.init_scope():
+            #: What a batch draws by; and its replica, and how often it has drawn.
             self._seed = local_variable([0, 0], tf.int64, of_all="first")
 
     @contextmanager
@@ -87,9 +118,9 @@ class Draws:
             if type(generator) is _keras.RandomGenerator:
                 generator.__class__ = _Repeatable
         seeds = [generator._seed for generator in generators]
-        own_seed = None if None in seeds else sum(seeds) % 2**31
+        own_seed = None if None in seeds else sum(seeds) % 2**31  # any that goes with theirs
         first = tf.random.uniform([], maxval=tf.int64.max, dtype=tf.int64, seed=own_seed)
-        # Layers with seeds of their own would draw alike on all replicas.
+        # With seeds of their own, layers would draw alike on all replicas: they count from far apart.
         here(self._seed).assign(tf.stack([first, tf.cast(index_of_replica(), tf.int64) * 2**40]))
         _threads.draws = self
         try:
@@ -159,3 +190,8 @@ def unrepeatable_layers(model: Any, function: Any) -> list[str]:
             scopes = [part for part in node.name.split("/") if part in names]
             found[scopes[-1] if scopes else node.name] = None
     return list(found)
+
+
+def unrepeatable_operations(kinds: Collection[str]) -> list[str]:
+    """Of kinds of operations that have been run, those that draw anew when they are repeated."""
+    return sorted(_STATEFUL_DRAWS.intersection(kinds))

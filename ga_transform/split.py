@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
-from ga_transform import _graphs, _keras
+from ga_transform import _graphs
 from ga_transform.batch_logs import Kept, keep_logs, keep_loss, take_slices
+from ga_transform.loops import SliceFunction, fold, with_remainder
 from ga_transform.loss_terms import LossCall
 from ga_transform.rows import count_rows
 from ga_transform.slices import Slices
@@ -199,47 +200,26 @@ def _run_eagerly(windows: Windows, slices: Slices, run: Run) -> Any:
 def _run_in_graph(windows: Windows, slices: Slices, run: Run) -> Any:
     outcomes = []
 
-    def step(index: tf.Tensor, *parts: tf.Tensor) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        tensors = tf.nest.pack_sequence_as(slices.specs(), parts, expand_composites=True)
+    def step(index: tf.Tensor, tensors: list[Any]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
         outcomes.append(run(index, tensors))
         return outcomes[-1].kept.sums, outcomes[-1].kept.latest
 
     # Traced before the loop, which must know what it carries.
-    specs = tf.nest.flatten(slices.specs(), expand_composites=True)
-    index_spec = tf.TensorSpec([], slices.count.dtype)
-    with _keras.tracing_once():
-        function = tf.function(step, autograph=False).get_concrete_function(index_spec, *specs)
+    function = SliceFunction(slices, step)
     kept, finish = outcomes[-1]
 
-    def take_in(index: tf.Tensor, sums: list[tf.Tensor], tensors: list[Any]) -> Any:
-        more, latest = function(index, *tf.nest.flatten(tensors, expand_composites=True))
-        return [one + other for one, other in zip(sums, more)], latest
-
-    def body(index: tf.Tensor, sums: Any, latest: Any) -> Any:
-        return index + 1, *take_in(index, sums, slices.take(index))
+    def add(so_far: Any, index: tf.Tensor, tensors: list[Any]) -> Any:
+        sums, latest = function(index, tensors)
+        return [one + other for one, other in zip(so_far[0], sums)], latest
 
     with tf.control_dependencies([slices.count]):  # not before there is a batch
         windows.begin_batch()
-    start = tf.zeros_like(slices.count)
     begun = [tf.zeros([], each.dtype) for each in kept.sums]
     empty = [tf.zeros(_smallest(each.shape), each.dtype) for each in kept.latest]
-    open_shapes = [each.shape for each in kept.latest]
-    index, sums, latest = tf.while_loop(
-        lambda index, *_: index < slices.count,
-        body,
-        (start, begun, empty),
-        shape_invariants=(start.shape, [each.shape for each in begun], open_shapes),
-        parallel_iterations=1,
-    )
-    if slices.may_have_remainder:
-        rest = slices.remainder()
-        sums, latest = tf.cond(
-            slices.total > slices.count,
-            lambda: take_in(slices.count, sums, rest),
-            lambda: (sums, latest),
-        )
-    kept.sums[:], kept.latest[:] = sums, latest
-    with tf.control_dependencies([index]):
+    shapes = [each.shape for each in begun], [each.shape for each in kept.latest]
+    end, result = fold(slices, add, (begun, empty), shapes)
+    kept.sums[:], kept.latest[:] = with_remainder(slices, add, result)
+    with tf.control_dependencies([end]):
         return finish()
 
 

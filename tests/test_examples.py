@@ -129,3 +129,28 @@ def test_segmentation(tmp_path):
     assert plain[0] == sliced[0] == 2
     assert sliced[2] - sliced[1] < 0.5 * (plain[2] - plain[1])
     assert sliced[3] < 1e-5
+
+
+def check_whole_batch(example, *arguments, folder):
+    """With the loss of the whole batch slices end as plain batches do; on their own, elsewhere."""
+    rows = table_of(output_of(example, *arguments, folder=folder), 3)
+    plain, sliced, whole = rows.values()
+    assert plain[0] == sliced[0] == whole[0] > 1
+    assert whole[1] == pytest.approx(plain[1], abs=0.005)
+    assert whole[2] < 1e-5
+    assert sliced[2] > 1e-3
+
+
+def test_recommender(tmp_path):
+    """Two towers with in-batch negatives, on the imports of some files of Python."""
+    check_whole_batch("recommender", "--epochs", "2", "--files", "400", folder=tmp_path)
+
+
+def test_contrastive(tmp_path):
+    """Pairs of views, and a compute_loss of the model's own."""
+    check_whole_batch("contrastive", "--epochs", "1", folder=tmp_path)
+
+
+def test_dice(tmp_path):
+    """Dice of all pixels of a batch."""
+    check_whole_batch("dice", "--updates", "10", folder=tmp_path)
