@@ -41,6 +41,7 @@ from ga_transform.specs import (
 )
 from ga_transform.stages import check_stages
 from ga_transform.strategies import check_strategy
+from ga_transform.whole_batch import check_gradients_are_usual
 
 __all__ = ["accumulating", "make_accumulating", "strip_accumulating"]
 
@@ -302,6 +303,7 @@ def _check_has_usual_step(model: Any, chain: Chain) -> None:
             f"{model.name!r}, whose train_step is that of {type(model).__name__}. Put its loss into "
             "compile or compute_loss, or leave whole_batch_loss out."
         )
+    check_gradients_are_usual(getattr(model, "optimizer", None))
 
 
 def _check_rows_are_free(model: Any, chain: Chain) -> None:

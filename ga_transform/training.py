@@ -31,7 +31,7 @@ from ga_transform.replicas import all_together, scope_of
 from ga_transform.rewrites import apply_rewrites, build_for_plain
 from ga_transform.specs import Accumulate, Precision, Split
 from ga_transform.split import Slice, train_in_slices
-from ga_transform.whole_batch import train_on_whole_batch
+from ga_transform.whole_batch import check_gradients_are_usual, train_on_whole_batch
 from ga_transform.windows import Windows
 
 __all__ = ["Accumulating"]
@@ -156,13 +156,7 @@ class Accumulating:
             return own_step(*args, **kwargs)
 
     def _whole_batch_step(self, windows: Windows, split: Split, data: Any) -> Any:
-        optimizer = self.optimizer  # type: ignore[attr-defined]
-        if _keras.has_own_gradients(optimizer):
-            raise ValueError(
-                "Split.whole_batch_loss must be given an optimizer that takes the gradient of one "
-                f"loss; got {type(optimizer).__name__}, which computes its own. Leave "
-                "whole_batch_loss out."
-            )
+        check_gradients_are_usual(self.optimizer)  # type: ignore[attr-defined]
         usual_loss = _keras.is_keras_own(self, Accumulating, "compute_loss")
         return train_on_whole_batch(self, windows, data, split, is_usual_loss=usual_loss)
 

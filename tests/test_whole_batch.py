@@ -175,6 +175,125 @@ def test_masks_that_differ_by_output(float64):
     train_both(model, batches)
 
 
+class Own(tf_keras.Model):
+    """A model of functions: its layer, what it makes of it, and its loss."""
+
+    def __init__(self, outputs, loss, metrics=None, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(12)
+        self.table = layers.Embedding(7, 12)
+        self.outputs_of, self.loss_of, self.metrics_of = outputs, loss, metrics
+        self.calls = self.add_weight(
+            name="calls", shape=[], initializer="zeros", dtype="float64", trainable=False
+        )
+        self.seen = tf_keras.metrics.Mean(name="seen")
+
+    def call(self, x):
+        self.calls.assign_add(1.0)
+        return self.outputs_of(self, x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return self.loss_of(self, x, y, y_pred)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight):
+        if self.metrics_of:
+            self.seen.update_state(self.metrics_of(self, y_pred))
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+
+def spectrum(model, x):
+    hidden = model.dense(x)
+    return {"spectrum": tf.signal.fft(tf.cast(hidden, tf.complex128)), "hidden": hidden}
+
+
+def conditional(model, x):
+    hidden = model.dense(x)
+    if tf.shape(x)[0] > 0:
+        hidden += 1.0
+    return hidden, None
+
+
+def reshaped(model, x):
+    hidden = tf.reshape(model.dense(x), [-1, 4, 3])
+    return tf.reshape(hidden, [tf.shape(x)[0], -1])
+
+
+def penalised(model, x):
+    hidden = model.dense(x)
+    model.add_loss(tf.reduce_mean(hidden**2))
+    return hidden
+
+
+def pairs(model, x, y, y_pred):
+    """Of some rows, that an index of the batch finds."""
+    found = tf.gather(y_pred, tf.argsort(y[:, 0])[:2])
+    return tf.reduce_mean(found[0] * found[1])
+
+
+def twice(model, x, y, y_pred):
+    """The model's own call, with another view of the batch."""
+    return tf.reduce_mean((y_pred[0] - model(x * 2, training=True)[0]) ** 2)
+
+
+def negatives(model, x, y, y_pred):
+    """Rows of a table that the model itself does not look up."""
+    scores = tf.matmul(y_pred[0], model.table(tf.constant([1, 3, 3])), transpose_b=True)
+    return tf.reduce_mean(tf.nn.softplus(scores)) + tf.math.reduce_variance(scores)
+
+
+#: By name: outputs, loss, and what its own metrics see.
+OWN = {
+    "complex": (spectrum, lambda model, x, y, p: tf.reduce_mean(tf.abs(p["spectrum"]) ** 4)),
+    "gathered rows": (reshaped, pairs),
+    "condition": (conditional, lambda model, x, y, p: tf.math.reduce_variance(p[0])),
+    "called again": (conditional, twice),
+    "sampled negatives": (conditional, negatives),
+    "metrics of losses": (
+        penalised,
+        lambda model, x, y, p: tf.add_n(model.losses) ** 2,
+        lambda model, p: tf.add_n(model.losses),
+    ),
+}
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("name", OWN)
+def test_what_models_and_losses_do(float64, name, eager):
+    """Whatever stands in the code of a model: weights, states and logs of plain fit."""
+    batches = coupled.batches(coupled.LOSSES["trimmed"][1], BATCHES)
+    model, reference = Own(*OWN[name], name="own"), Own(*OWN[name], name="own")
+    for each in (model, reference):
+        each(batches[0][0])
+        each.table(tf.constant([0]))
+        # Which moves the rows of a table that are found, and no others.
+        each.compile(tf_keras.optimizers.legacy.SGD(0.01, momentum=0.9), run_eagerly=eager)
+    model.set_weights(reference.get_weights())
+    start = cases.weights_of(reference)
+    ours = ga.make_accumulating(model, **WHOLE, inplace=True)
+    logs = [each.fit(cases.dataset(batches), verbose=0).history for each in (ours, reference)]
+    calls = [each.calls.numpy() - 1 for each in (ours, reference)]
+    for each in (ours, reference):
+        each.calls.assign(0.0)
+    cases.assert_same_weights(ours, reference, start, 1e-9)
+    np.testing.assert_allclose(logs[0]["seen"], logs[1]["seen"], rtol=1e-9)
+    # Of three slices, two and one; and the calls of a loss.
+    assert calls[0] - calls[1] == 3
+
+
+def test_a_mask_that_all_rows_share(float64):
+    class Odd(layers.Layer):
+        def call(self, inputs):
+            return inputs
+
+        def compute_mask(self, inputs, mask=None):
+            return tf.constant([[True, True, False, True, True]])
+
+    inputs = tf_keras.Input([5])
+    model = tf_keras.Model(inputs, Odd()(layers.Dense(5)(inputs)))
+    model.compile("adam", lambda y_true, y_pred: (y_pred - 1) ** 2)
+    train_both(model, coupled.batches(lambda rng, rows: np.ones([rows, 5]), BATCHES))
+
+
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
 def test_together_with_accum_steps(float64, reduction):
     """A window of several batches is the mean of their losses (or the sum), each a whole one."""
@@ -351,9 +470,20 @@ def test_slices_draw_differently(float64):
     assert len(rows) == 12
 
 
-def test_a_layer_that_cannot_draw_again_is_named(float64):
-    with pytest.warns(ga.InexactWarning, match="thrown draws random numbers that cannot be drawn"):
-        train_noisy(lambda: Thrown(False, name="thrown"), [np.ones([3, 6, 4])])
+@pytest.mark.parametrize(("eager", "name"), [(False, "thrown"), (True, "RandomUniform")])
+def test_what_cannot_draw_again_is_named(float64, eager, name):
+    """The layer, or in an eager step its operation."""
+    with pytest.warns(ga.InexactWarning, match=f"{name} draws random numbers that cannot be"):
+        train_noisy(lambda: Thrown(False, name="thrown"), [np.ones([3, 6, 4])], run_eagerly=eager)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_layers_that_the_first_batch_makes_draw_alike(float64, eager):
+    model = tf_keras.Sequential([layers.Dropout(0.5), Scaled()])
+    model.compile(tf_keras.optimizers.SGD(1.0), half_square, run_eagerly=eager)
+    ours = ga.make_accumulating(model, micro_batch_size=2, whole_batch_loss=True, inplace=True)
+    loss = ours.train_on_batch(np.ones([5, 6]), np.ones([5, 6]))
+    np.testing.assert_allclose(1 - float(ours.layers[-1].weight), 2 * loss, rtol=1e-9)
 
 
 class Counting(layers.Layer):
@@ -459,6 +589,37 @@ def test_outputs_that_are_not_of_rows_are_refused(float64, output, error, text, 
         ours.train_on_batch(np.ones([rows, 5]), np.ones([rows, 3]))
     for now, before in zip(cases.weights_of(ours), start):
         np.testing.assert_array_equal(now, before)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_slices_of_different_lengths_are_refused(float64, eager):
+    """As of ragged inputs, which are padded slice by slice."""
+    inputs = tf_keras.Input([None, 2], ragged=True)
+    model = tf_keras.Model(inputs, layers.Dense(3)(layers.Lambda(lambda x: x.to_tensor())(inputs)))
+    model.compile("sgd", lambda y_true, y_pred: tf.reduce_mean(y_pred), run_eagerly=eager)
+    ours = ga.make_accumulating(model, **WHOLE)
+    x = tf.ragged.constant([[[1.0, 2.0]] * length for length in (1, 2, 1, 2, 5, 1)], ragged_rank=1)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="as long for every slice of a batch"):
+        ours.train_on_batch(tf.cast(x, tf.float64), np.ones([6, 1]))
+
+
+class OwnGradients(tf_keras.optimizers.legacy.SGD):
+    def _compute_gradients(self, loss, var_list, grad_loss=None, tape=None):
+        return super()._compute_gradients(loss, var_list, grad_loss, tape)
+
+
+def test_an_optimizer_with_gradients_of_its_own_is_refused():
+    """At conversion; and in the first step, if it is compiled later."""
+    text = "must be given an optimizer that takes the gradient of one loss; got OwnGradients"
+    model = tf_keras.Sequential([tf_keras.Input([5]), layers.Dense(3)])
+    model.compile(OwnGradients(), "mse")
+    with pytest.raises(ValueError, match=text):
+        ga.make_accumulating(model, **WHOLE)
+    model.compile("sgd", "mse")
+    model = ga.make_accumulating(model, **WHOLE, inplace=True)
+    model.compile(OwnGradients(), "mse", run_eagerly=True)
+    with pytest.raises(ValueError, match=text):
+        model.train_on_batch(np.ones([5, 5]), np.ones([5, 3]))
 
 
 def test_a_step_of_the_models_own_is_refused():

@@ -27,7 +27,21 @@ from ga_transform.whole_batch.pull import pull_back
 from ga_transform.whole_batch.seen import Seen
 from ga_transform.windows import Windows
 
-__all__ = ["train_on_whole_batch"]
+__all__ = ["check_gradients_are_usual", "train_on_whole_batch"]
+
+
+def check_gradients_are_usual(optimizer: Any) -> None:
+    """Refuse an optimizer that does more with a loss than to take its gradient.
+
+    Raises:
+        ValueError: It has a method of its own for that.
+    """
+    if _keras.has_own_gradients(optimizer):
+        raise ValueError(
+            "Split.whole_batch_loss must be given an optimizer that takes the gradient of one "
+            f"loss; got {type(optimizer).__name__}, which computes its own. Leave "
+            "whole_batch_loss out."
+        )
 
 
 def train_on_whole_batch(
