@@ -90,10 +90,19 @@ class LossCall(NamedTuple):
         numbers = all(is_by_rows(term) and term.value.shape.rank == 0 for term in self.terms)
         return self.rows is not None and numbers
 
-    def tell_metrics(self) -> None:
-        """Update the metrics of the loss as tf_keras does: a batch weighs its rows."""
+    def tell_metrics(self, *, is_of_all: bool = False) -> None:
+        """Update the metrics of the loss as tf_keras does: a batch weighs its rows.
+
+        Args:
+            is_of_all: Whether each replica has the loss of the rows of all, and no part of it.
+        """
         weight = self.rows
-        terms = [term._replace(value=term.value * self._parts(term)) for term in self.terms]
+        # One part a replica, which metrics take the mean of.
+        parts_of_sums = 1 if is_of_all else count_replicas()
+        terms = [
+            term._replace(value=term.value * parts_of_sums) if _is_reduced_sum(term) else term
+            for term in self.terms
+        ]
         for term in terms:
             weight = self.rows
             if term.elements is not None and weight is not None:
@@ -105,11 +114,9 @@ class LossCall(NamedTuple):
         if parts:
             self.container._total_loss_mean.update_state(total_of(parts), sample_weight=weight)
 
-    @staticmethod
-    def _parts(term: LossTerm) -> int:
-        """Of how many parts, one a replica, a sum is made, which its metric takes the mean of."""
-        is_sum = term.kind == SUM and term.elements is None
-        return count_replicas() if is_sum else 1
+
+def _is_reduced_sum(term: LossTerm) -> bool:
+    return term.kind == SUM and term.elements is None
 
 
 @contextmanager

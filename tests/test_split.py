@@ -80,6 +80,25 @@ def test_every_way_to_run_a_step(float64, name, how):
     train_both(case.model, batches_of(case))
 
 
+class Conditional(layers.Layer):
+    """Has a condition on tensors in its code, which AutoGraph makes one of the graph's."""
+
+    def call(self, inputs):
+        if tf.reduce_sum(inputs) > 0:
+            inputs *= 2.0
+        return inputs
+
+
+def test_layers_are_converted_by_autograph(float64):
+    """A slice's layers have conditions as those of a plain step."""
+    model = tf_keras.Sequential([tf_keras.Input([5]), Conditional(), layers.Dense(2)])
+    model.compile("adam", "mse")
+    rng = np.random.default_rng(0)
+    # Of all slices, and of the batch, the sum has one sign.
+    batches = [(np.abs(rng.normal(size=[rows, 5])), rng.normal(size=[rows, 2])) for rows in BATCHES]
+    train_both(model, lambda: cases.dataset(batches))
+
+
 @pytest.mark.long
 def test_a_fixed_batch_size(float64):
     """Batches whose size is known when the step is traced: divisible, and not."""

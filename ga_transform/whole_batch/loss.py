@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Optional, Union
 import tensorflow as tf
 
 from ga_transform import _keras
-from ga_transform.loss_terms import MEAN, SUM, record_losses, widened_outputs
+from ga_transform.loss_terms import MEAN, SUM, LossCall, record_losses, widened_outputs
 from ga_transform.replicas import count_replicas
 from ga_transform.specs import Precision
 from ga_transform.weighting import Weighting
@@ -72,12 +72,20 @@ def differentiate(
     weighting = Weighting(
         model, windows, (x, y, sample_weight), keeps_kinds_apart=is_usual_loss, is_own_step=False
     )
-    recording = record_losses(model.compiled_loss, weighting.note, widens=is_rewritten)
+    calls: list[LossCall] = []
+    recording = record_losses(
+        model.compiled_loss,
+        weighting.note,
+        calls.append if seen.is_gathered else None,
+        widens=is_rewritten,
+    )
     with tf.GradientTape(persistent=True) as tape, recording:
         tape.watch([*(each for each in watched if each is not None), *activations])
         loss = model.compute_loss(x, y, y_pred, sample_weight)
         by_kind, weight = _by_kind(model, windows, seen, loss, weighting, is_usual_loss)
     model._validate_target_and_loss(y, loss)
+    for call in calls:  # tf_keras would take a sum for one of the replica's rows
+        call.tell_metrics(is_of_all=True)
     sources = [each for each in watched if each is not None], activations
     gradients = {}
     for kind, part in by_kind.items():
