@@ -169,6 +169,12 @@ class Pools(AutoTrackable):  # type: ignore[misc]
             self._places.update((id(each), place) for place, each in enumerate(self._layers()))
         return isinstance(layer, PooledBatchNorm) and id(layer) in self._places
 
+    @property
+    def statistics(self) -> list[tf.Variable]:
+        """The moving statistics that are moved from here."""
+        layers = [layer for layer in self._layers() if layer.built and self.has(layer)]
+        return [each for layer in layers for each in (layer.moving_mean, layer.moving_variance)]
+
     def _layers(self) -> list[Any]:
         return batch_norms_of(self._model())
 

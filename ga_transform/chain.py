@@ -203,6 +203,13 @@ def _check_order(transforms: tuple[Transform, ...]) -> None:
                 f"got {stages[0]} before it, and a slice has no loss of its own. Move "
                 f"{stages[0]} behind Accumulate."
             )
+        leaves_out = isinstance(spec, Accumulate) and spec.on_nonfinite == "micro_batch"
+        if leaves_out and split and split.whole_batch_loss:
+            raise ValueError(
+                "Accumulate.on_nonfinite must be 'window' where Split has whole_batch_loss; got "
+                "'micro_batch', and the loss has seen the rows of a slice that is left out. Leave "
+                "on_nonfinite out."
+            )
         seen.append(spec)
 
 

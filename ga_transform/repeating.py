@@ -73,9 +73,17 @@ class State:
         for handle, value in zip(self._handles, self._values):
             tf.raw_ops.AssignVariableOp(resource=handle, value=value)
 
-    def restore_changes_since(self, before: State) -> None:
-        """Set back to what was changed between another moment and this one, and that alone."""
+    def restore_changes_since(self, before: State, but: Collection[tf.Variable]) -> None:
+        """Set back to what was changed between another moment and this one, and that alone.
+
+        Args:
+            before: The other moment.
+            but: Variables that are left as they are.
+        """
+        left = {id(here(variable).handle) for variable in but}
         for handle, old, new in zip(self._handles, before._values, self._values):
+            if id(handle) in left:
+                continue
             value = tf.where(tf.equal(old, new), _value_of(handle), new)
             tf.raw_ops.AssignVariableOp(resource=handle, value=value)
 
@@ -92,7 +100,9 @@ def changed_eagerly(model: Any, draws: Draws) -> list[tf.Tensor]:
     held = [generator._generator for generator in generators]
     held += _keras.held_by(model, lambda item: isinstance(item, tf.random.Generator))
     states = [generator.state for generator in held if generator is not None]
-    return [*(variable.handle for variable in (*model.variables, *states)), *draws.handles]
+    variables = [*_keras.weights_of(model), *states]
+    variables += [each for metric in _keras.metrics_of(model) for each in metric.variables]
+    return [*(here(variable).handle for variable in variables), *draws.handles]
 
 
 class Draws:

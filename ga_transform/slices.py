@@ -52,6 +52,7 @@ class Slices:
             # A batch without rows is a slice without rows, as it is a batch to plain tf_keras.
             self.total = tf.maximum(-(-self.rows // self.size), 1)
             self.count = self.rows // self.size if has_fixed_size else self.total
+        self.micro_batch_size = micro_batch_size
         self._has_fixed_size = has_fixed_size
         rows = {_static_rows(tensor) for tensor in tensors} - {None}
         known = rows.pop() if len(rows) == 1 else None

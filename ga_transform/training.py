@@ -95,7 +95,9 @@ class Accumulating:
 
     def _build_ahead(self, args: Any) -> None:
         """Have the layers that a first eager step makes be there before it, to be rewritten."""
-        is_ready = self.built or not self._has_rewrites()  # type: ignore[attr-defined]
+        # A rewrite, and what is set back after a pass, must see them.
+        needs_layers = self._has_rewrites() or self._accumulating_chain.takes_whole_batches
+        is_ready = self.built or not needs_layers  # type: ignore[attr-defined]
         if is_ready or not self._has_usual_step():
             return
         self(_keras.unpack_x_y_sample_weight(args[0])[0])  # type: ignore[operator]

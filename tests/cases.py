@@ -219,6 +219,11 @@ def weights_of(model):
     return [np.array(weight, np.float64) for weight in model.get_weights()]
 
 
+def weights_of_variables(model):
+    """Those that are variables, and no table of words."""
+    return [np.array(weight, np.float64) for weight in model.trainable_weights]
+
+
 def distances(model, reference, start):
     """By weight, the distance from the reference, in units of that which was travelled."""
     travelled = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(weights_of(reference), start)))

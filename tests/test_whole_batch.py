@@ -355,6 +355,36 @@ def test_together_with_precision(policy, tolerance):
     cases.assert_same_weights(ours, model, start, tolerance)
 
 
+def test_a_small_loss_in_float16(float64):
+    """The loss scale is there where its gradient passes through 16 bits on the way to outputs."""
+    tf_keras.backend.set_floatx("float32")
+
+    def loss_of(model, x, y, y_pred):
+        again = tf.cast(model(x * 1.5, training=True)[0], tf.float32)
+        return 1e-4 * tf.reduce_mean(
+            (tf.stop_gradient(tf.cast(y_pred[0], tf.float32)) - again) ** 2
+        )
+
+    (batch,) = [
+        tuple(part.astype("float32") for part in each)
+        for each in coupled.batches(coupled.LOSSES["trimmed"][1], [1024])
+    ]
+    moved = []
+    for arguments in ({"micro_batch_size": 256, "whole_batch_loss": True}, {"accum_steps": 1}):
+        tf_keras.utils.set_random_seed(0)
+        model = Own(conditional, loss_of, name="own")
+        model(batch[0])
+        model.compile(tf_keras.optimizers.SGD(1.0))
+        start = cases.weights_of(model)
+        ours = ga.make_accumulating(model, **arguments, precision="mixed_float16", inplace=True)
+        ours.train_on_batch(*batch)
+        ways = [b - a for a, b in zip(start, cases.weights_of(ours))][:2]  # of the dense layer
+        moved.append(np.concatenate([each.ravel() for each in ways]))
+    whole, plain = moved
+    assert np.abs(plain).max() > 1e-6
+    np.testing.assert_allclose(whole, plain, atol=0.02 * np.abs(plain).max())
+
+
 @pytest.mark.parametrize("file", ["m.keras", "m.h5", "m"])
 def test_files_carry_it(float64, tmp_path, file):
     """Saved, loaded and trained on, as if it had not been."""
@@ -523,6 +553,60 @@ def test_state_changes_once(float64, mode, eager):
         np.testing.assert_allclose(logs[1][name], logs[0][name], rtol=1e-9, err_msg=name)
 
 
+@pytest.mark.parametrize("mode", ["momentum", "pooled"])
+def test_statistics_are_those_of_the_slices(float64, mode):
+    """Those that are pooled move once a batch, also where the loss calls the model again."""
+
+    def build(loss):
+        tf_keras.utils.set_random_seed(0)
+        model = Own(lambda model, x: model.norm(x), loss, name="own")
+        model.norm = layers.BatchNormalization(momentum=0.7)
+        model(np.ones([2, 5]))
+        model.compile("sgd")
+        return ga.make_accumulating(model, **WHOLE, batch_norm=mode, inplace=True)
+
+    once = build(lambda model, x, y, p: tf.reduce_mean(p**2))
+    again = build(lambda model, x, y, p: tf.reduce_mean((p - model(x * 2, training=True)) ** 2))
+    for batch in coupled.batches(coupled.LOSSES["trimmed"][1], [11, 8]):
+        once.train_on_batch(*batch)
+        again.train_on_batch(*batch)
+    np.testing.assert_allclose(again.norm.moving_mean, once.norm.moving_mean, rtol=1e-12)
+    assert np.abs(once.norm.moving_mean).max() > 1e-3
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_what_the_first_batch_makes_moves_once(float64, eager):
+    """A model that is not built, whose layers have states."""
+    moved = []
+    for arguments in (WHOLE, {"micro_batch_size": ROWS}):
+        model = tf_keras.Sequential([layers.BatchNormalization(momentum=0.7), layers.Dense(3)])
+        model.compile("sgd", "mse", run_eagerly=eager)
+        with pytest.warns(ga.InexactWarning):
+            model = ga.make_accumulating(model, **arguments, inplace=True)
+        (batch,) = coupled.batches(coupled.LOSSES["trimmed"][1], [11])
+        model.train_on_batch(*batch)
+        moved.append(model.layers[0].moving_mean.numpy())
+    np.testing.assert_allclose(*moved, rtol=1e-12)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_tables_of_words(float64, eager):
+    """Layers whose weights are no variables."""
+    words = layers.TextVectorization(output_sequence_length=4, vocabulary=["a", "b", "c"])
+    model = tf_keras.Sequential([words, layers.Embedding(9, 3), layers.Flatten(), layers.Dense(3)])
+    model.compile("sgd", coupled.trimmed, run_eagerly=eager)
+    x = tf.constant([["a b"], ["c"], ["b a c"], ["c c"], ["a"], ["b"]])
+    model(x)
+    start = cases.weights_of_variables(model)
+    ours = ga.make_accumulating(model, **WHOLE)
+    y = np.random.default_rng(0).normal(size=[6, 3])
+    for each in (ours, model):
+        each.train_on_batch(x, y)
+    for own, other, first in zip(*map(cases.weights_of_variables, (ours, model)), start):
+        np.testing.assert_allclose(own, other, rtol=1e-9)
+        assert np.abs(other - first).max() > 0
+
+
 def test_stripping_gives_back_the_model(float64):
     """A plain model again, whose layers draw as those of one that never was converted."""
 
@@ -626,6 +710,12 @@ def test_a_step_of_the_models_own_is_refused():
     model = OwnStep([tf_keras.Input([5]), layers.Dense(3)], name="own")
     with pytest.raises(ValueError, match="tf_keras's own train_step; got 'own', whose train_step"):
         ga.make_accumulating(model, **WHOLE)
+
+
+def test_slices_that_are_left_out_are_refused():
+    """The loss has seen their rows."""
+    with pytest.raises(ValueError, match="on_nonfinite must be 'window' where Split has whole_"):
+        ga.Chain(ga.Split(4, True), ga.Accumulate(2, on_nonfinite="micro_batch"))
 
 
 def test_a_stage_on_slices_is_refused():

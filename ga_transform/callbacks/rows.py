@@ -30,7 +30,7 @@ class Table:
             text = file.read()
             if text and not text.endswith("\n"):  # a run was ended while it wrote
                 file.write("\r\n")
-        self._names = next(csv.reader(text.splitlines()), [])
+        self._names = next(csv.reader(text.lstrip("\ufeff").splitlines()), [])
 
     def write(self, row: Row) -> None:
         """Write a row. The file is open no longer than that, however the run ends."""
@@ -41,11 +41,11 @@ class Table:
 
     def _add_columns(self, row: Row) -> None:
         """Write the table anew, with the columns that a row has and the table has not."""
-        with self._path.open(newline="", encoding="utf-8") as file:
+        with self._path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         self._names += [name for name in row if name not in self._names]
         with self._path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, self._names)
+            table = csv.DictWriter(file, self._names, extrasaction="ignore")  # a line too long
             table.writeheader()
             table.writerows(rows)
 

@@ -71,8 +71,10 @@ def train_on_whole_batch(
         after_loss = forward.state.now()
         forward.state.restore()
         pull_back(model, windows, seen, gradient, x, split.micro_batch_size)
-        if not is_usual_loss:  # it may have called the model, too
-            after_loss.restore_changes_since(before_loss)
+        if not is_usual_loss:
+            # It may have called the model, too. Pools move their statistics with the window, to
+            # what the slices have shown.
+            after_loss.restore_changes_since(before_loss, but=windows.pools.statistics)
     # The latest pass has left those of a slice.
     _keras.place_activation_losses(model, forward.activations)
     return model.compute_metrics(x, y, forward.outputs, sample_weight)

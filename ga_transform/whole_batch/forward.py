@@ -166,14 +166,15 @@ def _check_rows_stand_alone(model: Any, slices: Slices, layout: _Layout) -> None
     known = slices.rows_a_slice
     if not may_be_coupled(layout.shapes, known):
         return
-    found: list[list[Optional[tf.TensorShape]]] = []
+    found = list[list[Optional[tf.TensorShape]]]()  # AutoGraph refuses an annotation
 
     def call(index: tf.Tensor, tensors: list[Any]) -> None:
         outputs = tf.nest.flatten(model(slices.pack(tensors), training=True))
         found.append([None if output is None else output.shape for output in outputs])
 
-    for rows in (2, 3):
-        SliceFunction(slices, call, rows)
+    rows = known or slices.micro_batch_size
+    for each in (rows, 2 * rows):  # a model may take rows in pairs, or in groups
+        SliceFunction(slices, call, each)
     coupled = coupled_outputs(*found[-2:])
     if coupled:
         raise ValueError(

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple, Optional, Union
 
 import tensorflow as tf
 
-from ga_transform import _keras
+from ga_transform import _keras, numerics
 from ga_transform.loss_terms import MEAN, SUM, LossCall, record_losses, widened_outputs
 from ga_transform.replicas import count_replicas
+from ga_transform.rewrites.loss_scale import is_scaled
 from ga_transform.specs import Precision
 from ga_transform.weighting import Weighting
 from ga_transform.whole_batch.forward import Forward
@@ -82,16 +83,21 @@ def differentiate(
     with tf.GradientTape(persistent=True) as tape, recording:
         tape.watch([*(each for each in watched if each is not None), *activations])
         loss = model.compute_loss(x, y, y_pred, sample_weight)
+        model._validate_target_and_loss(y, loss)
         by_kind, weight = _by_kind(model, windows, seen, loss, weighting, is_usual_loss)
-    model._validate_target_and_loss(y, loss)
+        # The way from the loss back may lead through 16 bits, too.
+        scale = model.optimizer.loss_scale if is_scaled(model.optimizer) else None
+        if scale is not None:
+            by_kind = {kind: part * tf.cast(scale, part.dtype) for kind, part in by_kind.items()}
     for call in calls:  # tf_keras would take a sum for one of the replica's rows
         call.tell_metrics(is_of_all=True)
     sources = [each for each in watched if each is not None], activations
     gradients = {}
     for kind, part in by_kind.items():
-        of_watched, of_activations, variables = tape.gradient(
-            part, [*sources, model.trainable_variables]
-        )
+        of_watched, of_activations, variables = [
+            [_unscaled(each, scale) for each in gradients_of]
+            for gradients_of in tape.gradient(part, [*sources, model.trainable_variables])
+        ]
         ahead = iter(of_watched)
         outputs = [None if each is None else seen.own(_dense(next(ahead))) for each in watched]
         gradients[kind] = OfKind(outputs, of_activations, variables)
@@ -128,6 +134,15 @@ def _by_kind(
 
 def _has_gradient(output: Any) -> bool:
     return output is not None and (output.dtype.is_floating or output.dtype.is_complex)
+
+
+def _unscaled(
+    gradient: Optional[numerics.Gradient], scale: Optional[tf.Tensor]
+) -> Optional[numerics.Gradient]:
+    """A gradient of a loss that was scaled, in float32 or wider."""
+    if gradient is None or scale is None:
+        return gradient
+    return numerics.times(numerics.widened(gradient), 1 / scale)
 
 
 def _dense(gradient: Union[None, tf.Tensor, tf.IndexedSlices]) -> Optional[tf.Tensor]:

@@ -92,7 +92,7 @@ def test_strings_are_not_gathered(strategy):
         strategy, model, micro_batch_size=ROWS, whole_batch_loss="gathered", inplace=True
     )
     windows = feeding.make_windows(batch, feeding.rows_of(strategy, "equal", steps=(1,)))
-    with pytest.raises(TypeError, match="must see dense tensors of numbers.* got strings"):
+    with pytest.raises(TypeError, match="must see dense tensors of numbers"):
         feeding.fit(strategy, model, windows)
 
 
