@@ -67,7 +67,6 @@ def without_noise(model):
 @pytest.mark.parametrize(
     ("build", "file"),
     [
-        (applications.ResNet50, "model.h5"),
         (applications.MobileNetV2, "model.keras"),
         (applications.EfficientNetB0, "model.h5"),
     ],

@@ -14,9 +14,9 @@ FOLDER = Path(__file__).with_name("mirrored")
 MODULES = ["laws", "saving", "batch_norm", "stages", "ways", "precision", "whole_batch"]
 #: Of some modules, the tests to which the number of replicas may make a difference.
 OF_FOUR = {
-    "laws": "(every_model and across) or (without_rows and not sum) or arrays",
-    "saving": "from_replicas or to_replicas or slices",
-    "batch_norm": "pooled and not synchronized",
+    "laws": "dense-across or (without_rows and not sum) or arrays",
+    "saving": "from_replicas or to_replicas",
+    "batch_norm": "test_pooled and across",
 }
 #: In seconds; a trace on old versions of TensorFlow takes long.
 BOUND = 1800
