@@ -183,7 +183,7 @@ class MicroStep:
     def part_of_batch(
         self, part: tf.Tensor, kind: str, weight: tf.Tensor, share: tf.Tensor
     ) -> tf.Tensor:
-        """A slice's part of the loss of its whole batch, weighed as that is.
+        """A slice's part of the loss of its whole batch, weighed as that is, and as nothing else.
 
         Args:
             part: Of those whose gradients add up to the batch's over its slices.

@@ -9,6 +9,9 @@ The path of a gradient:
    (`micro_step.py`), and this to the optimizer's `Window` (`stages/accumulate.py`).
 4. The window stores them. With its last batch it makes the update: the sums of all replicas
    (`replicas.py`), the stages (`stages/`), then the optimizer itself (`windows.py`).
+
+With `whole_batch_loss` the loss comes first, of all slices together; the micro-step of each slice
+then pulls its part of that gradient back (`whole_batch/`).
 """
 
 from __future__ import annotations
