@@ -100,8 +100,8 @@ def changed_eagerly(model: Any, draws: Draws) -> list[tf.Tensor]:
     held = [generator._generator for generator in generators]
     held += _keras.held_by(model, lambda item: isinstance(item, tf.random.Generator))
     states = [generator.state for generator in held if generator is not None]
-    variables = [*_keras.weights_of(model), *states]
-    variables += [each for metric in _keras.metrics_of(model) for each in metric.variables]
+    # Tables of words are weights, too, and no variables.
+    variables = [*(each for each in model.variables if isinstance(each, tf.Variable)), *states]
     return [*(here(variable).handle for variable in variables), *draws.handles]
 
 
