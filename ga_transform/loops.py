@@ -37,7 +37,8 @@ class SliceFunction:
 
         def run(index: tf.Tensor, *parts: tf.Tensor) -> Any:
             with context:
-                return function(index, tf.nest.pack_sequence_as(specs, parts, True))
+                tensors = tf.nest.pack_sequence_as(specs, parts, expand_composites=True)
+                return function(index, tensors)
 
         index_spec = tf.TensorSpec([], slices.count.dtype)
         with _keras.tracing_once():

@@ -69,6 +69,17 @@ class Shrink(ga.Transform):
 # ---- TensorFlow stays out ---------------------------------------------------------------------
 
 
+def in_a_process(script):
+    """What a new interpreter prints, and how it ends."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=pathlib.Path(ga.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def test_specs_and_chains_do_without_tensorflow():
     """Making, printing and saving every spec imports no TensorFlow and no Keras."""
     # What slices leave out does not go with the loss of a whole batch.
@@ -81,13 +92,7 @@ for chain in ga.Chain({apart}), ga.Chain(ga.{SPECS["Accumulate"]!r}):
     dir(ga), repr(chain), hash(chain)
 print([name for name in ("tensorflow", "tf_keras", "keras") if name in sys.modules])
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=pathlib.Path(ga.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = in_a_process(script)
     assert (run.stdout, run.stderr) == ("[]\n", "")
 
 
@@ -97,13 +102,7 @@ def test_whatever_is_used_first_may_be_what_imports_tf_keras(name):
     script = (
         f"import sys, ga_transform as ga; ga.{name}; print('ga_transform.saving' in sys.modules)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=pathlib.Path(ga.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = in_a_process(script)
     assert run.stdout == "True\n", run.stderr
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from ga_transform import _graphs, _keras
+from ga_transform.repeating import State
 from ga_transform.slices import Slices
 from ga_transform.specs import Split
 from ga_transform.whole_batch.forward import pass_forward
@@ -64,17 +65,17 @@ def train_on_whole_batch(
     seen = Seen(slices.rows, of_all=split.whole_batch_loss == "gathered")
     with windows.draws.of_batch(model):
         forward = pass_forward(model, windows, slices, seen)
-        before_loss = forward.state.now()
+        # A loss of the model's own may call it, too.
+        state_of_loss = State([]) if is_usual_loss else forward.state
+        before_loss = state_of_loss.now()
         gradient = differentiate(
             model, windows, seen, forward, x, y, sample_weight, is_usual_loss=is_usual_loss
         )
-        after_loss = forward.state.now()
+        after_loss = state_of_loss.now()
         forward.state.restore()
         pull_back(model, windows, seen, gradient, x, split.micro_batch_size)
-        if not is_usual_loss:
-            # It may have called the model, too. Pools move their statistics with the window, to
-            # what the slices have shown.
-            after_loss.restore_changes_since(before_loss, but=windows.pools.statistics)
+        # Pools move their statistics with the window, to what the slices have shown.
+        after_loss.restore_changes_since(before_loss, but=windows.pools.statistics)
     # The latest pass has left those of a slice.
     _keras.place_activation_losses(model, forward.activations)
     return model.compute_metrics(x, y, forward.outputs, sample_weight)
